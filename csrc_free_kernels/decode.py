@@ -1,0 +1,262 @@
+"""Decode: attention of a few query tokens over a long cache, split over programs (Flash-Decoding).
+
+The query tokens and heads of one GQA group are packed into the rows of one tile, so that each K and V element is read
+once per KV head. Every program takes its share of the range from kv_range on the device, so one launch (and one CUDA
+graph) stays balanced at every length. A second kernel combines the splits in a fixed order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from csrc_free_kernels import masks, softmax
+from csrc_free_kernels.tuning import SLOTS_PER_SHARE, Tiles, dot_dtype
+
+_SHARE = tl.constexpr(SLOTS_PER_SHARE)
+
+
+@triton.jit(do_not_specialize=["Hkv", "G", "Q", "S", "window", "num_splits", "num_row_tiles", "num_rows"])
+def _decode_kernel(
+    p_query,
+    p_key,
+    p_value,
+    p_output,
+    p_lse,
+    p_partial,
+    p_partial_lse,
+    p_range,
+    p_sinks,
+    stride_query,
+    stride_key,
+    stride_value,
+    stride_output,
+    stride_range,
+    Hkv,
+    G,
+    Q,
+    S,
+    scale_before,
+    scale_after,
+    window,
+    num_splits,
+    num_row_tiles,
+    num_rows,
+    D: tl.constexpr,
+    Dv: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    IS_SINGLE_TOKEN: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+):
+    MASK_D: tl.constexpr = D != BLOCK_D
+    MASK_DV: tl.constexpr = Dv != BLOCK_DV
+    i_split = tl.program_id(0) % num_splits
+    i_tile = tl.program_id(0) // num_splits % num_row_tiles
+    i_bh = tl.program_id(0) // (num_splits * num_row_tiles)
+    i_b = (i_bh // Hkv).to(tl.int64)
+    i_kv_head = i_bh % Hkv
+    start, end = masks.load_kv_range(p_range, stride_range, i_b, S)
+
+    # Row r of the packed tile is head r % G of query token r // G.
+    o_packed = i_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_token = o_packed // G
+    o_head = i_kv_head * G + o_packed % G
+    m_row = o_packed < G * Q
+    o_column = end - Q + o_token
+    first_column = end - Q + i_tile * BLOCK_M // G
+    last_column = tl.minimum(end - Q + (i_tile * BLOCK_M + BLOCK_M - 1) // G, end - 1)
+    low, high = masks.visible_bounds(start, end, first_column, last_column, window, IS_CAUSAL, HAS_WINDOW)
+    share = tl.cdiv(tl.cdiv(high - low, num_splits), _SHARE) * _SHARE
+    split_low = tl.minimum(low + i_split * share, high)
+    split_high = tl.minimum(split_low + share, high)
+
+    o_d = tl.arange(0, BLOCK_D)
+    o_dv = tl.arange(0, BLOCK_DV)
+    m_d = o_d < D
+    m_dv = o_dv < Dv
+    p_q = p_query + i_b * stride_query[0] + o_head.to(tl.int64)[:, None] * stride_query[1]
+    p_q = p_q + o_token.to(tl.int64)[:, None] * stride_query[2] + o_d[None, :]
+    o_first = tl.arange(0, BLOCK_N).to(tl.int64)
+    p_k = p_key + i_b * stride_key[0] + i_kv_head.to(tl.int64) * stride_key[1]
+    p_k = p_k + o_first[:, None] * stride_key[2] + o_d[None, :]
+    p_v = p_value + i_b * stride_value[0] + i_kv_head.to(tl.int64) * stride_value[1]
+    p_v = p_v + o_first[:, None] * stride_value[2] + o_dv[None, :]
+
+    # [BLOCK_M, BLOCK_D]
+    b_q = masks.load_tile(p_q, m_row, m_d, True, MASK_D).to(DOT_DTYPE)
+    b_o = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
+    b_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+    for i_n in tl.range(split_low, split_high, BLOCK_N):
+        o_slot = i_n + tl.arange(0, BLOCK_N)
+        m_slot = o_slot < split_high
+        first = tl.cast(i_n, tl.int64)
+        # [BLOCK_N, BLOCK_D] and [BLOCK_N, BLOCK_DV]
+        b_k = masks.load_tile(p_k + first * stride_key[2], m_slot, m_d, True, MASK_D).to(DOT_DTYPE)
+        b_v = masks.load_tile(p_v + first * stride_value[2], m_slot, m_dv, True, MASK_DV).to(DOT_DTYPE)
+        b_s = softmax.scores(b_q, b_k, scale_before, scale_after, HAS_SOFTCAP)
+        # The bounds of a single token are its whole mask.
+        b_s = masks.mask_scores(
+            b_s, o_slot, o_column, split_low, split_high, window,
+            IS_CAUSAL and not IS_SINGLE_TOKEN, HAS_WINDOW and not IS_SINGLE_TOKEN,
+        )  # fmt: skip
+        b_p, b_o, b_max, b_sum = softmax.update(b_s, b_o, b_max, b_sum)
+        b_o = tl.dot(b_p.to(DOT_DTYPE), b_v, b_o, input_precision="ieee")
+
+    i_row = (i_b * Hkv * G + o_head) * Q + o_token
+    if IS_SPLIT:
+        b_no_sink = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        b_o, b_lse = softmax.finish(b_o, b_max, b_sum, b_no_sink)
+        p_part = p_partial + (i_split.to(tl.int64) * num_rows + i_row)[:, None] * Dv + o_dv[None, :]
+        tl.store(p_part, b_o, mask=m_row[:, None] & m_dv[None, :])
+        tl.store(p_partial_lse + i_split.to(tl.int64) * num_rows + i_row, b_lse, mask=m_row)
+    else:
+        b_sink = softmax.load_sinks(p_sinks, o_head, m_row)
+        b_o, b_lse = softmax.finish(b_o, b_max, b_sum, b_sink)
+        p_o = p_output + i_b * stride_output[0] + o_head.to(tl.int64)[:, None] * stride_output[1]
+        p_o = p_o + o_token.to(tl.int64)[:, None] * stride_output[2] + o_dv[None, :]
+        tl.store(p_o, b_o.to(p_output.dtype.element_ty), mask=m_row[:, None] & m_dv[None, :])
+        if p_lse is not None:
+            tl.store(p_lse + i_row, softmax.to_natural_log(b_lse), mask=m_row)
+
+
+@triton.jit(do_not_specialize=["Hq", "Q", "num_splits", "num_rows"])
+def _combine_kernel(
+    p_output,
+    p_lse,
+    p_partial,
+    p_partial_lse,
+    p_sinks,
+    stride_output,
+    Hq,
+    Q,
+    num_splits,
+    num_rows,
+    Dv: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """One row (batch, head, token): the splits' outputs weighted by their share of the softmax's denominator."""
+    i_row = tl.program_id(0).to(tl.int64)
+    i_token = i_row % Q
+    i_head = i_row // Q % Hq
+    i_b = i_row // Q // Hq
+    o_split = tl.arange(0, BLOCK_SPLITS)
+    b_lse = tl.load(
+        p_partial_lse + o_split.to(tl.int64) * num_rows + i_row, mask=o_split < num_splits, other=float("-inf")
+    )
+    b_sink = tl.max(softmax.load_sinks(p_sinks, i_head + tl.zeros([1], tl.int64), tl.full([1], True, tl.int1)), 0)
+    b_all_max = tl.maximum(tl.max(b_lse, 0), b_sink)
+    b_ref = tl.where(b_all_max == float("-inf"), 0.0, b_all_max)
+    b_sum = tl.sum(tl.exp2(b_lse - b_ref), 0) + tl.exp2(b_sink - b_ref)
+
+    o_dv = tl.arange(0, BLOCK_DV)
+    m_dv = o_dv < Dv
+    b_o = tl.zeros([BLOCK_DV], dtype=tl.float32)
+    for i_first in tl.range(0, num_splits, CHUNK):
+        o_chunk = i_first + tl.arange(0, CHUNK)
+        o_part = o_chunk.to(tl.int64) * num_rows + i_row
+        b_chunk_lse = tl.load(p_partial_lse + o_part, mask=o_chunk < num_splits, other=float("-inf"))
+        b_weight = tl.exp2(b_chunk_lse - b_ref)
+        m_part = (o_chunk < num_splits)[:, None] & m_dv[None, :]
+        # [CHUNK, BLOCK_DV]
+        b_part = tl.load(p_partial + o_part[:, None] * Dv + o_dv[None, :], mask=m_part, other=0.0)
+        b_o += tl.sum(b_part * b_weight[:, None], 0)
+    b_o = b_o / tl.where(b_sum == 0, 1.0, b_sum)
+    p_o = p_output + i_b * stride_output[0] + i_head * stride_output[1] + i_token * stride_output[2]
+    tl.store(p_o + o_dv, b_o.to(p_output.dtype.element_ty), mask=m_dv)
+    if p_lse is not None:
+        tl.store(p_lse + i_row, softmax.to_natural_log(b_ref + tl.log2(b_sum)))
+
+
+def decode_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    lse: torch.Tensor | None,
+    *,
+    kv_range: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    scale: float,
+    is_causal: bool,
+    window: int,
+    softcap: float,
+    num_splits: int,
+    tiles: Tiles,
+) -> None:
+    """Writes attention into output `[B, Hq, Q, Dv]` and, if given, lse (contiguous `[B, Hq, Q]`); B, Q > 0."""
+    batch, num_query_heads, query_len, head_dim = query.shape
+    num_kv_heads, value_dim = key.shape[1], value.shape[3]
+    group = num_query_heads // num_kv_heads
+    num_row_tiles = triton.cdiv(group * query_len, tiles.block_m)
+    num_rows = batch * num_query_heads * query_len
+    scale_before, scale_after = softmax.score_scales(scale, softcap)
+    is_split = num_splits > 1
+    partial = query.new_empty((num_splits, num_rows, value_dim), dtype=torch.float32) if is_split else None
+    partial_lse = query.new_empty((num_splits, num_rows), dtype=torch.float32) if is_split else None
+    _decode_kernel[(batch * num_kv_heads * num_row_tiles * num_splits,)](
+        query,
+        key,
+        value,
+        output,
+        lse,
+        partial,
+        partial_lse,
+        kv_range,
+        sinks,
+        query.stride()[:3],
+        key.stride()[:3],
+        value.stride()[:3],
+        output.stride()[:3],
+        None if kv_range is None else kv_range.stride(),
+        num_kv_heads,
+        group,
+        query_len,
+        key.shape[2],
+        scale_before,
+        scale_after,
+        window,
+        num_splits,
+        num_row_tiles,
+        num_rows,
+        D=head_dim,
+        Dv=value_dim,
+        BLOCK_D=triton.next_power_of_2(head_dim),
+        BLOCK_DV=triton.next_power_of_2(value_dim),
+        BLOCK_M=tiles.block_m,
+        BLOCK_N=tiles.block_n,
+        IS_CAUSAL=is_causal,
+        HAS_WINDOW=window > 0,
+        HAS_SOFTCAP=softcap > 0,
+        IS_SINGLE_TOKEN=query_len == 1,
+        IS_SPLIT=is_split,
+        DOT_DTYPE=dot_dtype(query.dtype),
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )
+    if is_split:
+        _combine_kernel[(num_rows,)](
+            output,
+            lse,
+            partial,
+            partial_lse,
+            sinks,
+            output.stride()[:3],
+            num_query_heads,
+            query_len,
+            num_splits,
+            num_rows,
+            Dv=value_dim,
+            BLOCK_DV=triton.next_power_of_2(value_dim),
+            BLOCK_SPLITS=triton.next_power_of_2(num_splits),
+            CHUNK=min(16, triton.next_power_of_2(num_splits)),
+            num_warps=4,
+        )

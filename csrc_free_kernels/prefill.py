@@ -1,0 +1,213 @@
+"""Prefill: tiled attention for many query tokens (FlashAttention-2, arXiv 2307.08691). Portable Triton."""
+
+import torch
+import triton
+import triton.language as tl
+
+from csrc_free_kernels import masks, softmax
+from csrc_free_kernels.tuning import Tiles, dot_dtype
+
+
+@triton.jit
+def _attend(
+    b_q,
+    b_o,
+    b_max,
+    b_sum,
+    p_k,
+    p_v,
+    stride_k_slot,
+    stride_v_slot,
+    tile_low,
+    tile_high,
+    o_column,
+    low,
+    high,
+    scale_before,
+    scale_after,
+    window,
+    m_d,
+    m_dv,
+    IS_CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    IS_EDGE: tl.constexpr,
+    MASK_D: tl.constexpr,
+    MASK_DV: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Takes the slots [tile_low, tile_high) into the running softmax; only edge tiles are masked."""
+    for i_n in tl.range(tile_low, tile_high, BLOCK_N):
+        o_slot = i_n + tl.arange(0, BLOCK_N)
+        m_slot = (o_slot >= low) & (o_slot < high)
+        first = tl.cast(i_n, tl.int64)
+        # [BLOCK_N, BLOCK_D]
+        b_k = masks.load_tile(p_k + first * stride_k_slot, m_slot, m_d, IS_EDGE, MASK_D).to(DOT_DTYPE)
+        b_s = softmax.scores(b_q, b_k, scale_before, scale_after, HAS_SOFTCAP)
+        if IS_EDGE:
+            b_s = masks.mask_scores(b_s, o_slot, o_column, low, high, window, IS_CAUSAL, HAS_WINDOW)
+        b_p, b_o, b_max, b_sum = softmax.update(b_s, b_o, b_max, b_sum)
+        # [BLOCK_N, BLOCK_DV]
+        b_v = masks.load_tile(p_v + first * stride_v_slot, m_slot, m_dv, IS_EDGE, MASK_DV).to(DOT_DTYPE)
+        b_o = tl.dot(b_p.to(DOT_DTYPE), b_v, b_o, input_precision="ieee")
+    return b_o, b_max, b_sum
+
+
+@triton.jit(do_not_specialize=["B", "Hq", "G", "Q", "S", "window"])
+def _prefill_kernel(
+    p_query,
+    p_key,
+    p_value,
+    p_output,
+    p_lse,
+    p_range,
+    p_sinks,
+    stride_query,
+    stride_key,
+    stride_value,
+    stride_output,
+    stride_range,
+    B,
+    Hq,
+    G,
+    Q,
+    S,
+    scale_before,
+    scale_after,
+    window,
+    D: tl.constexpr,
+    Dv: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+):
+    MASK_D: tl.constexpr = D != BLOCK_D
+    MASK_DV: tl.constexpr = Dv != BLOCK_DV
+    # The last rows see most: the longest tiles start first, and heads of one group run side by side.
+    i_bh = tl.program_id(0) % (B * Hq)
+    i_m = tl.cdiv(Q, BLOCK_M) - 1 - tl.program_id(0) // (B * Hq)
+    i_b = (i_bh // Hq).to(tl.int64)
+    i_h = i_bh % Hq
+    start, end = masks.load_kv_range(p_range, stride_range, i_b, S)
+
+    o_row = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_slot = tl.arange(0, BLOCK_N)
+    o_d = tl.arange(0, BLOCK_D)
+    o_dv = tl.arange(0, BLOCK_DV)
+    m_row = o_row < Q
+    m_d = o_d < D
+    m_dv = o_dv < Dv
+    i_q_head = i_h.to(tl.int64)
+    i_kv_head = (i_h // G).to(tl.int64)
+    p_q = p_query + i_b * stride_query[0] + i_q_head * stride_query[1]
+    p_q = p_q + o_row.to(tl.int64)[:, None] * stride_query[2] + o_d[None, :]
+    p_k = p_key + i_b * stride_key[0] + i_kv_head * stride_key[1]
+    p_k = p_k + o_slot.to(tl.int64)[:, None] * stride_key[2] + o_d[None, :]
+    p_v = p_value + i_b * stride_value[0] + i_kv_head * stride_value[1]
+    p_v = p_v + o_slot.to(tl.int64)[:, None] * stride_value[2] + o_dv[None, :]
+
+    # [BLOCK_M, BLOCK_D]
+    b_q = masks.load_tile(p_q, m_row, m_d, True, MASK_D).to(DOT_DTYPE)
+    b_o = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
+    b_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+
+    first_column = end - Q + i_m * BLOCK_M
+    last_column = tl.minimum(first_column + BLOCK_M, end) - 1
+    o_column = first_column + tl.arange(0, BLOCK_M)
+    low, high = masks.visible_bounds(start, end, first_column, last_column, window, IS_CAUSAL, HAS_WINDOW)
+    # Tiles start at low. [full_low, full_high) holds whole tiles that every row of this one sees.
+    full_low = low
+    full_high = high
+    if HAS_WINDOW:
+        full_low = low + tl.cdiv(tl.maximum(tl.minimum(last_column - window + 1, high) - low, 0), BLOCK_N) * BLOCK_N
+    if IS_CAUSAL:
+        full_high = tl.minimum(high, first_column + 1)
+    full_high = full_low + tl.maximum(full_high - full_low, 0) // BLOCK_N * BLOCK_N
+
+    if HAS_WINDOW:
+        b_o, b_max, b_sum = _attend(
+            b_q, b_o, b_max, b_sum, p_k, p_v, stride_key[2], stride_value[2], low, tl.minimum(full_low, high),
+            o_column, low, high, scale_before, scale_after, window, m_d, m_dv,
+            IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, True, MASK_D, MASK_DV, DOT_DTYPE, BLOCK_N,
+        )  # fmt: skip
+    b_o, b_max, b_sum = _attend(
+        b_q, b_o, b_max, b_sum, p_k, p_v, stride_key[2], stride_value[2], full_low, full_high,
+        o_column, low, high, scale_before, scale_after, window, m_d, m_dv,
+        IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, False, MASK_D, MASK_DV, DOT_DTYPE, BLOCK_N,
+    )  # fmt: skip
+    b_o, b_max, b_sum = _attend(
+        b_q, b_o, b_max, b_sum, p_k, p_v, stride_key[2], stride_value[2], full_high, high,
+        o_column, low, high, scale_before, scale_after, window, m_d, m_dv,
+        IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, True, MASK_D, MASK_DV, DOT_DTYPE, BLOCK_N,
+    )  # fmt: skip
+
+    b_sink = softmax.load_sinks(p_sinks, i_h + tl.zeros([BLOCK_M], dtype=tl.int32), m_row)
+    b_o, b_lse = softmax.finish(b_o, b_max, b_sum, b_sink)
+    p_o = p_output + i_b * stride_output[0] + i_q_head * stride_output[1]
+    p_o = p_o + o_row.to(tl.int64)[:, None] * stride_output[2] + o_dv[None, :]
+    tl.store(p_o, b_o.to(p_output.dtype.element_ty), mask=m_row[:, None] & m_dv[None, :])
+    if p_lse is not None:
+        tl.store(p_lse + (i_b * Hq + i_h) * Q + o_row, softmax.to_natural_log(b_lse), mask=m_row)
+
+
+def prefill_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    lse: torch.Tensor | None,
+    *,
+    kv_range: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    scale: float,
+    is_causal: bool,
+    window: int,
+    softcap: float,
+    tiles: Tiles,
+) -> None:
+    """Writes attention into output `[B, Hq, Q, Dv]` and, if given, lse (contiguous `[B, Hq, Q]`); B, Q > 0."""
+    batch, num_query_heads, query_len, head_dim = query.shape
+    value_dim = value.shape[3]
+    scale_before, scale_after = softmax.score_scales(scale, softcap)
+    grid = (triton.cdiv(query_len, tiles.block_m) * batch * num_query_heads,)
+    _prefill_kernel[grid](
+        query,
+        key,
+        value,
+        output,
+        lse,
+        kv_range,
+        sinks,
+        query.stride()[:3],
+        key.stride()[:3],
+        value.stride()[:3],
+        output.stride()[:3],
+        None if kv_range is None else kv_range.stride(),
+        batch,
+        num_query_heads,
+        num_query_heads // key.shape[1],
+        query_len,
+        key.shape[2],
+        scale_before,
+        scale_after,
+        window,
+        D=head_dim,
+        Dv=value_dim,
+        BLOCK_D=triton.next_power_of_2(head_dim),
+        BLOCK_DV=triton.next_power_of_2(value_dim),
+        BLOCK_M=tiles.block_m,
+        BLOCK_N=tiles.block_n,
+        IS_CAUSAL=is_causal,
+        HAS_WINDOW=window > 0,
+        HAS_SOFTCAP=softcap > 0,
+        DOT_DTYPE=dot_dtype(query.dtype),
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )

@@ -1,0 +1,87 @@
+"""Online softmax in the log2 domain: jit helpers shared by the attention kernels (arXiv 2205.14135, 2307.08691)."""
+
+import math
+
+import triton
+import triton.language as tl
+
+LOG2E = math.log2(math.e)
+_LN2 = tl.constexpr(math.log(2))
+_LOG2E = tl.constexpr(LOG2E)
+
+
+def score_scales(scale: float, softcap: float) -> tuple[float, float]:
+    """The two factors of `scores`: before and, with a softcap, after tanh. Scores come out times log2(e).
+
+    Example:
+        >>> before, after = score_scales(scale=0.5, softcap=0.0)
+        >>> round(before, 4), after
+        (0.7213, 0.0)
+    """
+    if softcap > 0:
+        return scale / softcap, softcap * LOG2E
+    return scale * LOG2E, 0.0
+
+
+@triton.jit
+def scores(b_q, b_k, scale_before, scale_after, HAS_SOFTCAP: tl.constexpr):
+    """Scores [BLOCK_M, BLOCK_N] in float32, scaled, softcapped and times log2(e)."""
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale_before
+    if HAS_SOFTCAP:
+        b_s = scale_after * _tanh(b_s)
+    return b_s
+
+
+@triton.jit
+def _tanh(b_x):
+    # 1 - 2 / (exp(2x) + 1) cancels near 0, where softcapped scores live: there a minimax polynomial (Cephes tanhf).
+    b_y = b_x * b_x
+    b_poly = -5.70498872745e-3 * b_y + 2.06390887954e-2
+    b_poly = b_poly * b_y - 5.37397155531e-2
+    b_poly = b_poly * b_y + 1.33314422036e-1
+    b_poly = b_poly * b_y - 3.33332819422e-1
+    b_near = b_poly * b_y * b_x + b_x
+    b_far = 1.0 - 2.0 / (tl.exp2(b_x * (2.0 * _LOG2E)) + 1.0)
+    return tl.where(tl.abs(b_x) < 0.625, b_near, b_far)
+
+
+@triton.jit
+def update(b_s, b_o, b_max, b_sum):
+    """Takes scores b_s into the running (output, max, sum); returns the weights and the new state."""
+    b_new_max = tl.maximum(b_max, tl.max(b_s, 1))
+    b_ref = _finite(b_new_max)
+    b_p = tl.exp2(b_s - b_ref[:, None])
+    b_decay = tl.exp2(b_max - b_ref)
+    return b_p, b_o * b_decay[:, None], b_new_max, b_sum * b_decay + tl.sum(b_p, 1)
+
+
+@triton.jit
+def finish(b_o, b_max, b_sum, b_sink):
+    """The normalised output and the log2 of the denominator, b_sink (log2 domain, -inf for none) included."""
+    b_all_max = tl.maximum(b_max, b_sink)
+    b_ref = _finite(b_all_max)
+    b_decay = tl.exp2(b_max - b_ref)
+    b_total = b_sum * b_decay + tl.exp2(b_sink - b_ref)
+    b_o = b_o * (b_decay / tl.where(b_total == 0, 1.0, b_total))[:, None]
+    return b_o, b_ref + tl.log2(b_total)
+
+
+@triton.jit
+def load_sinks(p_sinks, o_head, m_head):
+    """Sinks of the given heads in the log2 domain; -inf where there are none."""
+    if p_sinks is None:
+        b_sink = tl.full(o_head.shape, float("-inf"), tl.float32)
+    else:
+        b_sink = tl.load(p_sinks + o_head, mask=m_head, other=0.0).to(tl.float32) * _LOG2E
+    return b_sink
+
+
+@triton.jit
+def to_natural_log(b_log2):
+    return b_log2 * _LN2
+
+
+@triton.jit
+def _finite(b_max):
+    # A row that has seen nothing keeps -inf, and -inf - -inf is NaN.
+    return tl.where(b_max == float("-inf"), 0.0, b_max)

@@ -1,0 +1,238 @@
+"""Argument checks of the ops: the same for real and fake tensors, none of them reads a tensor's values."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from flashcore_ops.errors import DeviceError, DtypeError, GradientError, LayoutError, OptionError, ShapeError
+
+SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MIN_HEAD_DIM, MAX_HEAD_DIM, HEAD_DIM_STEP = 16, 256, 8
+
+
+def is_supported_head_dim(head_dim: int) -> bool:
+    """Whether the kernels serve this head dim.
+
+    Example:
+        >>> [is_supported_head_dim(d) for d in (8, 64, 80, 100, 264)]
+        [False, True, True, False, False]
+    """
+    return MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM and head_dim % HEAD_DIM_STEP == 0
+
+
+def check_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kv_range: Tensor | None,
+    scale: float | None,
+    is_causal: bool,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+    num_splits: int,
+) -> None:
+    """Raises a typed error unless the attention ops can serve these arguments."""
+    _check_no_gradients(query, key, value, sinks)
+    _check_heads(query, key, value, names=("query", "key", "value"))
+    if query.shape[3] != key.shape[3]:
+        raise ShapeError.explain(
+            "key",
+            expected=f"query's head dim {query.shape[3]}",
+            got=f"{key.shape[3]}",
+            fix="Project query and key to the same head dim.",
+        )
+    if query.shape[1] == 0 or key.shape[1] == 0 or query.shape[1] % key.shape[1] != 0:
+        raise ShapeError.explain(
+            "query",
+            expected=f"a number of heads that is a multiple of key's {key.shape[1]}",
+            got=f"{query.shape[1]}",
+            fix="Pass query as [B, Hq, Q, D] and key as [B, Hkv, S, D] with Hq = group * Hkv.",
+        )
+    if kv_range is not None:
+        _check_small(
+            kv_range, "kv_range", shape=(query.shape[0], 2), dtypes=(torch.int32,), device=query.device, like="query"
+        )
+    if sinks is not None:
+        dtypes = (query.dtype, torch.float32)
+        _check_small(sinks, "sinks", shape=(query.shape[1],), dtypes=dtypes, device=query.device, like="query")
+    _check_options(scale, is_causal, window, softcap, num_splits)
+
+
+def check_append_kv(key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tensor, positions: Tensor) -> None:
+    """Raises a typed error unless `append_kv_` can serve these arguments."""
+    _check_no_gradients(key_cache, value_cache, key, value)
+    _check_heads(key, key_cache, value_cache, names=("key", "key_cache", "value_cache"))
+    _check_heads(key, key_cache, value, names=("key", "key_cache", "value"), same_slots=False)
+    for tokens, cache, name in ((key, key_cache, "key"), (value, value_cache, "value")):
+        if tokens.shape[1] != cache.shape[1] or tokens.shape[3] != cache.shape[3]:
+            raise ShapeError.explain(
+                name,
+                expected=f"the {cache.shape[1]} heads and head dim {cache.shape[3]} of {name}_cache",
+                got=f"{tokens.shape[1]} heads and head dim {tokens.shape[3]}",
+                fix=f"Pass {name} as [B, Hkv, T, D] with its cache's Hkv and D.",
+            )
+    if key.shape[2] != value.shape[2]:
+        raise ShapeError.explain(
+            "value",
+            expected=f"the {key.shape[2]} tokens of key",
+            got=f"{value.shape[2]}",
+            fix="Pass as many new values as new keys.",
+        )
+    dtypes = (torch.int32, torch.int64)
+    _check_small(positions, "positions", shape=(key.shape[0],), dtypes=dtypes, device=key.device, like="key")
+    _check_apart(key_cache, value_cache, "key_cache", "value_cache")
+    for cache, cache_name in ((key_cache, "key_cache"), (value_cache, "value_cache")):
+        if any(size > 1 and stride == 0 for size, stride in zip(cache.shape, cache.stride(), strict=True)):
+            raise LayoutError.explain(
+                cache_name,
+                expected="every slot to have memory of its own",
+                got="an expanded tensor",
+                fix="Allocate the cache with torch.empty or torch.zeros.",
+            )
+        _check_apart(cache, key, cache_name, "key")
+        _check_apart(cache, value, cache_name, "value")
+
+
+def _check_no_gradients(*tensors: Tensor | None) -> None:
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise GradientError.explain(
+            "flashcore",
+            expected="no gradients, since its ops are inference-only",
+            got="an input that requires grad while grad mode is on",
+            fix="Call under torch.no_grad(), or detach the inputs.",
+        )
+
+
+def _check_heads(
+    first: Tensor, key: Tensor, value: Tensor, names: tuple[str, str, str], same_slots: bool = True
+) -> None:
+    """Rank, dtype, device, batch, head dim and layout of three `[B, H, T, D]` tensors."""
+    for tensor, name in zip((first, key, value), names, strict=True):
+        if tensor.dim() != 4:
+            raise ShapeError.explain(
+                name,
+                expected="4 dims [batch, heads, tokens, head_dim]",
+                got=f"{tensor.dim()} dims {list(tensor.shape)}",
+                fix="Unsqueeze the missing dims, or use attention_with_kv_cache for [B, T, H*D].",
+            )
+        if tensor.dtype not in SUPPORTED_DTYPES:
+            raise DtypeError.explain(
+                name,
+                expected="float16, bfloat16 or float32",
+                got=str(tensor.dtype).removeprefix("torch."),
+                fix="Cast it with .to(dtype).",
+            )
+        if tensor.dtype != first.dtype:
+            raise DtypeError.explain(
+                name,
+                expected=f"{names[0]}'s dtype {str(first.dtype).removeprefix('torch.')}",
+                got=str(tensor.dtype).removeprefix("torch."),
+                fix=f"Cast it with .to({names[0]}.dtype).",
+            )
+        if tensor.device != first.device:
+            raise DeviceError.explain(
+                name,
+                expected=f"{names[0]}'s device {first.device}",
+                got=f"{tensor.device}",
+                fix=f"Move it with .to({names[0]}.device).",
+            )
+        if tensor.shape[0] != first.shape[0]:
+            raise ShapeError.explain(
+                name,
+                expected=f"{names[0]}'s batch {first.shape[0]}",
+                got=f"{tensor.shape[0]}",
+                fix="Pass the same batch for all; expand() a shared one.",
+            )
+        if not is_supported_head_dim(tensor.shape[3]):
+            raise ShapeError.explain(
+                name,
+                expected=f"a head dim that is a multiple of {HEAD_DIM_STEP} from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}",
+                got=f"{tensor.shape[3]}",
+                fix="Pad the head dim with zeros and pass the unpadded scale.",
+            )
+        if tensor.stride(3) != 1:
+            raise LayoutError.explain(
+                name,
+                expected="a contiguous last dim (stride 1)",
+                got=f"stride {tensor.stride(3)}",
+                fix="Call .contiguous() on it first.",
+            )
+    if value.shape[1] != key.shape[1] or (same_slots and value.shape[2] != key.shape[2]):
+        raise ShapeError.explain(
+            names[2],
+            expected=f"{names[1]}'s {key.shape[1]} heads and {key.shape[2]} slots",
+            got=f"{value.shape[1]} heads and {value.shape[2]} slots",
+            fix="Keys and values come in pairs: pass one value for each key.",
+        )
+
+
+def _check_small(
+    tensor: Tensor,
+    name: str,
+    shape: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
+    like: str,
+) -> None:
+    if tensor.dim() != len(shape) or any(a != b for a, b in zip(tensor.shape, shape, strict=True)):
+        raise ShapeError.explain(
+            name, expected=f"shape {list(shape)}", got=f"{list(tensor.shape)}", fix=f"Pass {name} as {list(shape)}."
+        )
+    if tensor.dtype not in dtypes:
+        names = " or ".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise DtypeError.explain(
+            name, expected=names, got=str(tensor.dtype).removeprefix("torch."), fix="Cast it with .to(dtype)."
+        )
+    if tensor.device != device:
+        raise DeviceError.explain(
+            name,
+            expected=f"{like}'s device {device}",
+            got=f"{tensor.device}",
+            fix=f"Create it on {like}'s device: the kernels read it there.",
+        )
+
+
+def _check_options(scale: float | None, is_causal: bool, window: int, softcap: float, num_splits: int) -> None:
+    if scale is not None and not math.isfinite(scale):
+        raise OptionError.explain(
+            "scale", expected="a finite number", got=f"{scale}", fix="Pass None for head_dim ** -0.5."
+        )
+    if not (math.isfinite(softcap) and softcap >= 0):
+        raise OptionError.explain(
+            "softcap", expected="a finite number >= 0", got=f"{softcap}", fix="Pass 0.0 for no softcap."
+        )
+    if window < 0:
+        raise OptionError.explain("window", expected="an int >= 0", got=f"{window}", fix="Pass 0 for no window.")
+    if window > 0 and not is_causal:
+        raise OptionError.explain(
+            "window",
+            expected="0 with is_causal=False",
+            got=f"{window}",
+            fix="A window counts back from the row's own column: pass is_causal=True, or window=0.",
+        )
+    if num_splits < 0:
+        raise OptionError.explain(
+            "num_splits", expected="an int >= 0", got=f"{num_splits}", fix="Pass 0 to let FlashCore choose."
+        )
+
+
+def _check_apart(a: Tensor, b: Tensor, a_name: str, b_name: str) -> None:
+    if a.numel() == 0 or b.numel() == 0 or not torch._C._is_alias_of(a, b):
+        return
+    a_first, b_first = a.storage_offset(), b.storage_offset()
+    if a_first <= _last_element(b) and b_first <= _last_element(a):
+        raise LayoutError.explain(
+            b_name,
+            expected=f"memory apart from {a_name}'s",
+            got=f"a view whose memory range overlaps {a_name}'s",
+            fix="Allocate keys and values separately, and clone what comes out of a cache.",
+        )
+
+
+def _last_element(tensor: Tensor) -> int:
+    strides = zip(tensor.shape, tensor.stride(), strict=True)
+    return tensor.storage_offset() + sum((size - 1) * stride for size, stride in strides)

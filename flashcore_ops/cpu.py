@@ -1,0 +1,108 @@
+"""CPU kernels of the ops. torch's scaled_dot_product_attention serves what it can; the rest is dense float32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from flashcore_ops import reference
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kv_range: Tensor | None,
+    scale: float | None,
+    is_causal: bool,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+    num_splits: int,
+    output: Tensor,
+    lse: Tensor | None,
+) -> None:
+    """Writes attention's result `[B, Hq, Q, Dv]` into output, and `[B, Hq, Q]` into lse if given.
+
+    num_splits has no meaning on the CPU.
+    """
+    output.zero_()
+    if lse is not None:
+        lse.copy_(sinks[:, None].expand_as(lse) if sinks is not None else torch.tensor(-torch.inf))
+    for batch, rows, slots in _visible_blocks(query, key, kv_range, is_causal, window):
+        block = query[batch, :, rows], key[batch, :, slots], value[batch, :, slots]
+        if softcap == 0 and sinks is None and lse is None:
+            output[batch, :, rows] = _torch_attention(*block, scale, is_causal, window)
+            continue
+        block_output, block_lse = reference.attention_with_lse(
+            *(tensor.float() for tensor in block),
+            scale=scale,
+            is_causal=is_causal,
+            window=window,
+            softcap=softcap,
+            sinks=sinks,
+        )
+        output[batch, :, rows] = block_output
+        if lse is not None:
+            lse[batch, :, rows] = block_lse
+
+
+def append_kv_(key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tensor, positions: Tensor) -> None:
+    """Writes each row's new tokens into its cache, from slot `positions[b]`; see `reference.append_kv_`."""
+    num_slots, num_tokens = key_cache.shape[2], key.shape[2]
+    for row, first in enumerate(positions.tolist()):
+        slots = slice(min(max(first, 0), num_slots), min(max(first + num_tokens, 0), num_slots))
+        tokens = slice(slots.start - first, slots.stop - first) if slots.start < slots.stop else slice(0, 0)
+        key_cache[row, :, slots] = key[row, :, tokens]
+        value_cache[row, :, slots] = value[row, :, tokens]
+
+
+def _visible_blocks(
+    query: Tensor, key: Tensor, kv_range: Tensor | None, is_causal: bool, window: int
+) -> Iterator[tuple[slice, slice, slice]]:
+    """Yields (batch, rows, slots): neighbours of equal range, their rows that see anything, the slots those see.
+
+    Cutting the tensors to the block keeps whatever the unseen slots hold, NaN included, out of the arithmetic.
+    """
+    batch_size, query_len, kv_len = query.shape[0], query.shape[2], key.shape[2]
+    ranges = [[0, kv_len]] * batch_size if kv_range is None else kv_range.tolist()
+    first = 0
+    for row in range(1, batch_size + 1):
+        if row < batch_size and ranges[row] == ranges[first]:
+            continue
+        end = min(max(ranges[first][1], 0), kv_len)
+        start = min(max(ranges[first][0], 0), end)
+        num_rows = min(query_len, end - start) if is_causal else query_len
+        if window > 0:
+            start = max(start, end - num_rows - window + 1)
+        if start < end and num_rows > 0:
+            yield slice(first, row), slice(query_len - num_rows, query_len), slice(start, end)
+        first = row
+
+
+def _torch_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None, is_causal: bool, window: int
+) -> Tensor:
+    batch, num_query_heads, query_len, head_dim = query.shape
+    num_kv_heads, kv_len = key.shape[1], key.shape[2]
+    if query_len == 1:
+        # The group's heads become rows of one tile, so that each K and V element is read once.
+        packed = query.reshape(batch, num_kv_heads, num_query_heads // num_kv_heads, head_dim)
+        output = scaled_dot_product_attention(packed, key, value, scale=scale)
+        return output.reshape(batch, num_query_heads, 1, value.shape[3])
+    is_square_causal = is_causal and query_len == kv_len and (window == 0 or window >= kv_len)
+    mask = None
+    if is_causal and not is_square_causal:
+        mask = reference.visible_slots(query_len, kv_len, window=window, device=query.device)
+    return scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=is_square_causal,
+        scale=scale,
+        enable_gqa=num_query_heads != num_kv_heads,
+    )

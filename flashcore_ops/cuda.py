@@ -1,0 +1,83 @@
+"""CUDA kernels of the ops: which Triton kernel serves which shape."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from csrc_free_kernels import decode, kv_append, prefill, tuning
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kv_range: Tensor | None,
+    scale: float | None,
+    is_causal: bool,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+    num_splits: int,
+    output: Tensor,
+    lse: Tensor | None,
+) -> None:
+    """Writes attention's result `[B, Hq, Q, Dv]` into output, and `[B, Hq, Q]` into lse if given."""
+    batch, num_query_heads, query_len, head_dim = query.shape
+    if batch == 0 or query_len == 0:
+        return
+    num_kv_heads, kv_len = key.shape[1], key.shape[2]
+    arch = tuning.architecture(query.device)
+    widest = max(head_dim, value.shape[3])
+    scale = head_dim**-0.5 if scale is None else scale
+    # Triton launches on the current device.
+    with torch.cuda.device(query.device):
+        if query_len > tuning.MAX_DECODE_TOKENS:
+            prefill.prefill_attention(
+                query,
+                key,
+                value,
+                output,
+                lse,
+                kv_range=kv_range,
+                sinks=sinks,
+                scale=scale,
+                is_causal=is_causal,
+                window=window,
+                softcap=softcap,
+                tiles=tuning.prefill_tiles(arch, query.dtype, widest),
+            )
+            return
+        num_rows = num_query_heads // num_kv_heads * query_len
+        tiles = tuning.decode_tiles(arch, query.dtype, widest, num_rows)
+        if num_splits > 0:
+            num_splits = tuning.bound_num_splits(num_splits, kv_len)
+        else:
+            num_splits = tuning.choose_num_splits(
+                num_programs=batch * num_kv_heads * -(-num_rows // tiles.block_m),
+                kv_len=kv_len,
+                num_multiprocessors=tuning.num_multiprocessors(query.device),
+            )
+        decode.decode_attention(
+            query,
+            key,
+            value,
+            output,
+            lse,
+            kv_range=kv_range,
+            sinks=sinks,
+            scale=scale,
+            is_causal=is_causal,
+            window=window,
+            softcap=softcap,
+            num_splits=num_splits,
+            tiles=tiles,
+        )
+
+
+def append_kv_(key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tensor, positions: Tensor) -> None:
+    """Writes each row's new tokens into its cache, from slot `positions[b]`."""
+    if key.shape[0] == 0 or key.shape[1] == 0 or key.shape[2] == 0:
+        return
+    with torch.cuda.device(key.device):
+        kv_append.append_kv_(key_cache, value_cache, key, value, positions)

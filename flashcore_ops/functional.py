@@ -1,0 +1,135 @@
+"""The typed Python face of the ops."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flashcore_ops import ops as _ops  # noqa: F401  (registers torch.ops.flashcore)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kv_range: Tensor | None = None,
+    scale: float | None = None,
+    is_causal: bool = True,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    num_splits: int = 0,
+) -> Tensor:
+    """Softmax attention over the visible part of a KV cache, for inference.
+
+    Row i of Q query tokens sits at column `end - Q + i`: causal is aligned to the bottom right, so that new tokens
+    attend to a filled cache. With `kv_range[b] = (start, end)`, what the rows see (1) for Q=2 of S=5 slots:
+
+        (0, 5)       (0, 4)       (1, 5)       (0, 5), window=2
+        1 1 1 1 0    1 1 1 0 0    0 1 1 1 0    0 0 1 1 0
+        1 1 1 1 1    1 1 1 1 0    0 1 1 1 1    0 0 0 1 1
+
+    and for Q=5 of S=2, `(0, 2)`: rows 0 to 2 see nothing, row 3 sees slot 0, row 4 sees both.
+
+    Args:
+        query: `[B, Hq, Q, D]`, float16, bfloat16 or float32; any strides with a contiguous last dim. D is a multiple
+            of 8 from 16 to 256.
+        key: `[B, Hkv, S, D]`, where Hq is a multiple of Hkv.
+        value: `[B, Hkv, S, Dv]`, Dv under the same rule as D.
+        kv_range: int32 `[B, 2]` on query's device: batch b sees slots `start <= j < end`. The host never reads it.
+            end is clamped to [0, S], then start to [0, end]. None means all S slots. Left padding is start, a static
+            cache's length is end. Slots that no row sees may hold anything, NaN included.
+        scale: factor of the scores, any finite number; `D ** -0.5` if None.
+        is_causal: whether a row sees no column behind its own.
+        window: with n > 0 (causal only), a row sees its own column and the n - 1 before it.
+        softcap: with c > 0, scores become `c * tanh(score / c)` before the mask.
+        sinks: `[Hq]`, query's dtype or float32: a score of each head that joins the softmax's denominator only. It is
+            neither scaled nor capped.
+        num_splits: how many programs may share one KV range at decode; 0 chooses. Fixing it fixes the order of
+            summation. The CPU and prefill ignore it.
+
+    Returns:
+        `[B, Hq, Q, Dv]` in query's dtype, stored `[B, Q, Hq, Dv]`. A row that sees nothing is 0.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError, LayoutError, OptionError: an argument is not as above.
+        GradientError: grad mode is on and an input requires grad.
+
+    Source: FlashAttention-2 (arXiv 2307.08691) for the tiling, Flash-Decoding for the split over the cache,
+    arXiv 2309.17453 for sinks.
+
+    Example:
+        >>> import torch
+        >>> from flashcore_ops import attention
+        >>> query = torch.randn(1, 8, 1, 64)                      # one new token of 8 heads
+        >>> key, value = torch.randn(2, 1, 2, 128, 64).unbind()   # a cache of 128 slots, 2 KV heads
+        >>> kv_range = torch.tensor([[0, 37]], dtype=torch.int32)  # of which 37 are filled
+        >>> attention(query, key, value, kv_range).shape
+        torch.Size([1, 8, 1, 64])
+    """
+    return torch.ops.flashcore.attention(
+        query, key, value, kv_range, scale, is_causal, window, softcap, sinks, num_splits
+    )
+
+
+def attention_with_lse(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kv_range: Tensor | None = None,
+    scale: float | None = None,
+    is_causal: bool = True,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    num_splits: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """`attention`, and the log of its softmax denominator, so that partial results can be merged.
+
+    Args and Raises: as `attention`. To merge partial results, pass sinks to exactly one of them.
+
+    Returns:
+        The output, and the natural log-sum-exp of each row's visible scores, sink included: float32 `[B, Hq, Q]`.
+        A row that sees nothing gives its sink, or -inf.
+
+    Example:
+        >>> import torch
+        >>> from flashcore_ops import attention, attention_with_lse
+        >>> query = torch.randn(1, 4, 1, 32)
+        >>> key, value = torch.randn(2, 1, 4, 100, 32).unbind()
+        >>> near, near_lse = attention_with_lse(query, key[:, :, 60:], value[:, :, 60:])
+        >>> far, far_lse = attention_with_lse(query, key[:, :, :60], value[:, :, :60])
+        >>> share = torch.sigmoid(near_lse - far_lse)[..., None]
+        >>> merged = share * near + (1 - share) * far
+        >>> torch.allclose(merged, attention(query, key, value), atol=1e-6)
+        True
+    """
+    return torch.ops.flashcore.attention_with_lse(
+        query, key, value, kv_range, scale, is_causal, window, softcap, sinks, num_splits
+    )
+
+
+def append_kv_(key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tensor, positions: Tensor) -> None:
+    """Writes each row's T new tokens into consecutive slots of its static cache, in place.
+
+    Args:
+        key_cache: `[B, Hkv, S, D]`, float16, bfloat16 or float32, changed in place.
+        value_cache: `[B, Hkv, S, Dv]`, changed in place; memory of its own, never a half of one tensor with key_cache.
+        key, value: `[B, Hkv, T, D]` and `[B, Hkv, T, Dv]`, in the caches' dtype.
+        positions: int32 or int64 `[B]` on the caches' device: token t of row b goes to slot `positions[b] + t`.
+            Tokens that fall outside [0, S) are dropped one by one.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError, LayoutError: an argument is not as above, or memory overlaps.
+        GradientError: grad mode is on and an input requires grad.
+
+    Example:
+        >>> import torch
+        >>> from flashcore_ops import append_kv_
+        >>> key_cache, value_cache = torch.zeros(2, 4, 64, 32), torch.zeros(2, 4, 64, 32)
+        >>> key, value = torch.ones(2, 4, 1, 32), torch.ones(2, 4, 1, 32)
+        >>> append_kv_(key_cache, value_cache, key, value, positions=torch.tensor([5, 9]))
+        >>> key_cache[:, 0, :, 0].nonzero().tolist()
+        [[0, 5], [1, 9]]
+    """
+    torch.ops.flashcore.append_kv_(key_cache, value_cache, key, value, positions)

@@ -1,0 +1,126 @@
+"""The whole `torch.ops.flashcore` surface: schemas, kernels for CPU and CUDA, fake kernels, and the gradient guard.
+
+The low-level Library is used because its ops cost about half of a `custom_op` per eager call. Each op is one function
+around an exchangeable kernel, so that real and fake calls check, allocate and stride alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashcore_ops import cpu
+from flashcore_ops.checks import check_append_kv, check_attention
+
+Kernel = Callable[..., None]
+
+_ATTENTION_ARGUMENTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? kv_range=None, float? scale=None, bool is_causal=True, "
+    "int window=0, float softcap=0.0, Tensor? sinks=None, int num_splits=0"
+)
+
+
+def _attention(kernel: Kernel) -> Callable[..., Tensor]:
+    def attention(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_range: Tensor | None = None,
+        scale: float | None = None,
+        is_causal: bool = True,
+        window: int = 0,
+        softcap: float = 0.0,
+        sinks: Tensor | None = None,
+        num_splits: int = 0,
+    ) -> Tensor:
+        check_attention(query, key, value, kv_range, scale, is_causal, window, softcap, sinks, num_splits)
+        output = _allocate_output(query, value)
+        kernel(query, key, value, kv_range, scale, is_causal, window, softcap, sinks, num_splits, output, None)
+        return output
+
+    return attention
+
+
+def _attention_with_lse(kernel: Kernel) -> Callable[..., tuple[Tensor, Tensor]]:
+    def attention_with_lse(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_range: Tensor | None = None,
+        scale: float | None = None,
+        is_causal: bool = True,
+        window: int = 0,
+        softcap: float = 0.0,
+        sinks: Tensor | None = None,
+        num_splits: int = 0,
+    ) -> tuple[Tensor, Tensor]:
+        check_attention(query, key, value, kv_range, scale, is_causal, window, softcap, sinks, num_splits)
+        output = _allocate_output(query, value)
+        lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+        kernel(query, key, value, kv_range, scale, is_causal, window, softcap, sinks, num_splits, output, lse)
+        return output, lse
+
+    return attention_with_lse
+
+
+def _append_kv_(kernel: Kernel) -> Callable[..., None]:
+    def append_kv_(key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tensor, positions: Tensor) -> None:
+        check_append_kv(key_cache, value_cache, key, value, positions)
+        kernel(key_cache, value_cache, key, value, positions)
+
+    return append_kv_
+
+
+def _allocate_output(query: Tensor, value: Tensor) -> Tensor:
+    """`[B, Hq, Q, Dv]`, stored `[B, Q, Hq, Dv]` so that a model's transpose and reshape are free."""
+    batch, num_query_heads, query_len, _ = query.shape
+    return query.new_empty((batch, query_len, num_query_heads, value.shape[3])).transpose(1, 2)
+
+
+# The CUDA kernels are imported at their first call: the package must import where there is no triton.
+def _cuda_attention(*args: Any) -> None:
+    from flashcore_ops import cuda
+
+    cuda.attention(*args)
+
+
+def _cuda_append_kv_(*args: Any) -> None:
+    from flashcore_ops import cuda
+
+    cuda.append_kv_(*args)
+
+
+def _no_kernel(*args: Any) -> None:
+    """A fake call ends once its arguments are checked and its outputs allocated."""
+
+
+OPS = (
+    ("attention", f"({_ATTENTION_ARGUMENTS}) -> Tensor", _attention, cpu.attention, _cuda_attention),
+    (
+        "attention_with_lse",
+        f"({_ATTENTION_ARGUMENTS}) -> (Tensor, Tensor)",
+        _attention_with_lse,
+        cpu.attention,
+        _cuda_attention,
+    ),
+    (
+        "append_kv_",
+        "(Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor key, Tensor value, Tensor positions) -> ()",
+        _append_kv_,
+        cpu.append_kv_,
+        _cuda_append_kv_,
+    ),
+)
+
+_library = torch.library.Library("flashcore", "DEF")
+for _name, _schema, _with_kernel, _cpu_kernel, _cuda_kernel in OPS:
+    _library.define(
+        _name + _schema, tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
+    )
+    _library.impl(_name, _with_kernel(_cpu_kernel), "CPU")
+    _library.impl(_name, _with_kernel(_cuda_kernel), "CUDA")
+    _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
+    torch.library.register_fake(f"flashcore::{_name}", _with_kernel(_no_kernel), lib=_library)

@@ -1,0 +1,115 @@
+"""What the ops mean, in plain torch.
+
+Every tensor may be of any floating dtype: in float64 these functions are the oracle of the tests, in a kernel's own
+dtype they are the plain PyTorch attention that the kernel's error is compared with.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def visible_slots(
+    query_len: int,
+    kv_len: int,
+    kv_range: Tensor | None = None,
+    is_causal: bool = True,
+    window: int = 0,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Which KV slots each query row may see.
+
+    Args:
+        query_len: Q, the number of query tokens.
+        kv_len: S, the number of KV slots.
+        kv_range: int32 `[B, 2]`, the slots `start <= j < end` of each batch. None means all S.
+        is_causal: row i, at column `end - Q + i`, sees no column behind its own.
+        window: with n > 0, a row sees its own column and the n - 1 before it.
+        device: where the mask goes; kv_range's own device when that is given.
+
+    Returns:
+        bool `[B, Q, S]`, or `[1, Q, S]` without kv_range.
+
+    Example:
+        >>> visible_slots(2, 5).int()[0]
+        tensor([[1, 1, 1, 1, 0],
+                [1, 1, 1, 1, 1]], dtype=torch.int32)
+    """
+    if kv_range is None:
+        kv_range = torch.tensor([[0, kv_len]], device=device)
+    end = kv_range[:, 1].long().clamp(0, kv_len)
+    start = kv_range[:, 0].long().clamp(min=0).minimum(end)
+    start, end = start[:, None, None], end[:, None, None]
+    slot = torch.arange(kv_len, device=kv_range.device)
+    column = end - query_len + torch.arange(query_len, device=kv_range.device)[None, :, None]
+    visible = ((slot >= start) & (slot < end)).expand(-1, query_len, -1)
+    if is_causal:
+        visible = visible & (slot <= column)
+    if window > 0:
+        visible = visible & (slot > column - window)
+    return visible
+
+
+def attention_with_lse(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kv_range: Tensor | None = None,
+    scale: float | None = None,
+    is_causal: bool = True,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention and the log of its softmax denominator, with every score held in memory.
+
+    Args:
+        query: `[B, Hq, Q, D]`.
+        key, value: `[B, Hkv, S, D]` and `[B, Hkv, S, Dv]`.
+        kv_range, is_causal, window: see `visible_slots`.
+        scale: factor of the scores, `D ** -0.5` if None.
+        softcap: with c > 0, scores become `c * tanh(score / c)` before the mask.
+        sinks: `[Hq]`, a score of each head that joins the denominator only.
+
+    Returns:
+        The output `[B, Hq, Q, Dv]` and the log-sum-exp `[B, Hq, Q]` in float32 (float64 for float64 inputs).
+        A row that sees nothing gives 0, and its sink or -inf.
+    """
+    batch, num_query_heads, query_len, head_dim = query.shape
+    num_kv_heads, kv_len = key.shape[1], key.shape[2]
+    visible = visible_slots(query_len, kv_len, kv_range, is_causal, window, device=query.device)
+    # Slots that no row sees may hold NaN, and 0 * NaN is NaN.
+    unused = ~visible.any(dim=1)[:, None, :, None]
+    key, value = key.masked_fill(unused, 0), value.masked_fill(unused, 0)
+    group = num_query_heads // num_kv_heads
+    key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+    hidden = ~visible[:, None]
+
+    scores = query @ key.transpose(-1, -2) * (head_dim**-0.5 if scale is None else scale)
+    if softcap > 0:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(hidden, -torch.inf)
+    if sinks is not None:
+        column = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(batch, -1, query_len, 1)
+        scores = torch.cat([scores, column], dim=-1)
+    weights = torch.softmax(scores, dim=-1)[..., :kv_len].masked_fill(hidden, 0)
+    lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return weights @ value, torch.logsumexp(scores.to(lse_dtype), dim=-1)
+
+
+def append_kv_(key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tensor, positions: Tensor) -> None:
+    """Writes each row's T new tokens into slots `positions[b]`, `positions[b] + 1`, ... of its cache.
+
+    Args:
+        key_cache, value_cache: `[B, Hkv, S, D]` and `[B, Hkv, S, Dv]`, changed in place.
+        key, value: `[B, Hkv, T, D]` and `[B, Hkv, T, Dv]`.
+        positions: integer `[B]`. Tokens that fall outside the cache are dropped one by one.
+    """
+    num_slots = key_cache.shape[2]
+    for row, first in enumerate(positions.tolist()):
+        for token in range(key.shape[2]):
+            slot = first + token
+            if 0 <= slot < num_slots:
+                key_cache[row, :, slot] = key[row, :, token]
+                value_cache[row, :, slot] = value[row, :, token]
