@@ -35,8 +35,9 @@ def _decode_kernel(
     G,
     Q,
     S,
-    scale_before,
-    scale_after,
+    before_cap,
+    softcap,
+    to_log2,
     window,
     num_splits,
     num_row_tiles,
@@ -50,6 +51,7 @@ def _decode_kernel(
     IS_CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    QUERY_SIGN: tl.constexpr,
     IS_SINGLE_TOKEN: tl.constexpr,
     IS_SPLIT: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
@@ -89,7 +91,7 @@ def _decode_kernel(
     p_v = p_v + o_first[:, None] * stride_value[2] + o_dv[None, :]
 
     # [BLOCK_M, BLOCK_D]
-    b_q = masks.load_tile(p_q, m_row, m_d, True, MASK_D).to(DOT_DTYPE)
+    b_q = softmax.sign_query(masks.load_tile(p_q, m_row, m_d, True, MASK_D).to(DOT_DTYPE), QUERY_SIGN)
     b_o = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
     b_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
@@ -100,25 +102,25 @@ def _decode_kernel(
         # [BLOCK_N, BLOCK_D] and [BLOCK_N, BLOCK_DV]
         b_k = masks.load_tile(p_k + first * stride_key[2], m_slot, m_d, True, MASK_D).to(DOT_DTYPE)
         b_v = masks.load_tile(p_v + first * stride_value[2], m_slot, m_dv, True, MASK_DV).to(DOT_DTYPE)
-        b_s = softmax.scores(b_q, b_k, scale_before, scale_after, HAS_SOFTCAP)
+        b_s = softmax.scores(b_q, b_k, before_cap, softcap, HAS_SOFTCAP)
         # The bounds of a single token are its whole mask.
         b_s = masks.mask_scores(
             b_s, o_slot, o_column, split_low, split_high, window,
             IS_CAUSAL and not IS_SINGLE_TOKEN, HAS_WINDOW and not IS_SINGLE_TOKEN,
         )  # fmt: skip
-        b_p, b_o, b_max, b_sum = softmax.update(b_s, b_o, b_max, b_sum)
+        b_p, b_o, b_max, b_sum = softmax.update(b_s, b_o, b_max, b_sum, to_log2)
         b_o = tl.dot(b_p.to(DOT_DTYPE), b_v, b_o, input_precision="ieee")
 
     i_row = (i_b * Hkv * G + o_head) * Q + o_token
     if IS_SPLIT:
         b_no_sink = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        b_o, b_lse = softmax.finish(b_o, b_max, b_sum, b_no_sink)
+        b_o, b_lse = softmax.finish(b_o, b_max, b_sum, b_no_sink, to_log2)
         p_part = p_partial + (i_split.to(tl.int64) * num_rows + i_row)[:, None] * Dv + o_dv[None, :]
         tl.store(p_part, b_o, mask=m_row[:, None] & m_dv[None, :])
         tl.store(p_partial_lse + i_split.to(tl.int64) * num_rows + i_row, b_lse, mask=m_row)
     else:
         b_sink = softmax.load_sinks(p_sinks, o_head, m_row)
-        b_o, b_lse = softmax.finish(b_o, b_max, b_sum, b_sink)
+        b_o, b_lse = softmax.finish(b_o, b_max, b_sum, b_sink, to_log2)
         p_o = p_output + i_b * stride_output[0] + o_head.to(tl.int64)[:, None] * stride_output[1]
         p_o = p_o + o_token.to(tl.int64)[:, None] * stride_output[2] + o_dv[None, :]
         tl.store(p_o, b_o.to(p_output.dtype.element_ty), mask=m_row[:, None] & m_dv[None, :])
@@ -198,7 +200,7 @@ def decode_attention(
     group = num_query_heads // num_kv_heads
     num_row_tiles = triton.cdiv(group * query_len, tiles.block_m)
     num_rows = batch * num_query_heads * query_len
-    scale_before, scale_after = softmax.score_scales(scale, softcap)
+    scores = softmax.score_scale(scale, softcap)
     is_split = num_splits > 1
     partial = query.new_empty((num_splits, num_rows, value_dim), dtype=torch.float32) if is_split else None
     partial_lse = query.new_empty((num_splits, num_rows), dtype=torch.float32) if is_split else None
@@ -221,8 +223,9 @@ def decode_attention(
         group,
         query_len,
         key.shape[2],
-        scale_before,
-        scale_after,
+        scores.before_cap,
+        scores.softcap,
+        scores.to_log2,
         window,
         num_splits,
         num_row_tiles,
@@ -236,6 +239,7 @@ def decode_attention(
         IS_CAUSAL=is_causal,
         HAS_WINDOW=window > 0,
         HAS_SOFTCAP=softcap > 0,
+        QUERY_SIGN=scores.query_sign,
         IS_SINGLE_TOKEN=query_len == 1,
         IS_SPLIT=is_split,
         DOT_DTYPE=dot_dtype(query.dtype),

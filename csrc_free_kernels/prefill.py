@@ -23,8 +23,9 @@ def _attend(
     o_column,
     low,
     high,
-    scale_before,
-    scale_after,
+    before_cap,
+    softcap,
+    to_log2,
     window,
     m_d,
     m_dv,
@@ -44,10 +45,10 @@ def _attend(
         first = tl.cast(i_n, tl.int64)
         # [BLOCK_N, BLOCK_D]
         b_k = masks.load_tile(p_k + first * stride_k_slot, m_slot, m_d, IS_EDGE, MASK_D).to(DOT_DTYPE)
-        b_s = softmax.scores(b_q, b_k, scale_before, scale_after, HAS_SOFTCAP)
+        b_s = softmax.scores(b_q, b_k, before_cap, softcap, HAS_SOFTCAP)
         if IS_EDGE:
             b_s = masks.mask_scores(b_s, o_slot, o_column, low, high, window, IS_CAUSAL, HAS_WINDOW)
-        b_p, b_o, b_max, b_sum = softmax.update(b_s, b_o, b_max, b_sum)
+        b_p, b_o, b_max, b_sum = softmax.update(b_s, b_o, b_max, b_sum, to_log2)
         # [BLOCK_N, BLOCK_DV]
         b_v = masks.load_tile(p_v + first * stride_v_slot, m_slot, m_dv, IS_EDGE, MASK_DV).to(DOT_DTYPE)
         b_o = tl.dot(b_p.to(DOT_DTYPE), b_v, b_o, input_precision="ieee")
@@ -73,8 +74,9 @@ def _prefill_kernel(
     G,
     Q,
     S,
-    scale_before,
-    scale_after,
+    before_cap,
+    softcap,
+    to_log2,
     window,
     D: tl.constexpr,
     Dv: tl.constexpr,
@@ -85,6 +87,7 @@ def _prefill_kernel(
     IS_CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    QUERY_SIGN: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
 ):
     MASK_D: tl.constexpr = D != BLOCK_D
@@ -113,7 +116,7 @@ def _prefill_kernel(
     p_v = p_v + o_slot.to(tl.int64)[:, None] * stride_value[2] + o_dv[None, :]
 
     # [BLOCK_M, BLOCK_D]
-    b_q = masks.load_tile(p_q, m_row, m_d, True, MASK_D).to(DOT_DTYPE)
+    b_q = softmax.sign_query(masks.load_tile(p_q, m_row, m_d, True, MASK_D).to(DOT_DTYPE), QUERY_SIGN)
     b_o = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
     b_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
@@ -134,22 +137,22 @@ def _prefill_kernel(
     if HAS_WINDOW:
         b_o, b_max, b_sum = _attend(
             b_q, b_o, b_max, b_sum, p_k, p_v, stride_key[2], stride_value[2], low, tl.minimum(full_low, high),
-            o_column, low, high, scale_before, scale_after, window, m_d, m_dv,
+            o_column, low, high, before_cap, softcap, to_log2, window, m_d, m_dv,
             IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, True, MASK_D, MASK_DV, DOT_DTYPE, BLOCK_N,
         )  # fmt: skip
     b_o, b_max, b_sum = _attend(
         b_q, b_o, b_max, b_sum, p_k, p_v, stride_key[2], stride_value[2], full_low, full_high,
-        o_column, low, high, scale_before, scale_after, window, m_d, m_dv,
+        o_column, low, high, before_cap, softcap, to_log2, window, m_d, m_dv,
         IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, False, MASK_D, MASK_DV, DOT_DTYPE, BLOCK_N,
     )  # fmt: skip
     b_o, b_max, b_sum = _attend(
         b_q, b_o, b_max, b_sum, p_k, p_v, stride_key[2], stride_value[2], full_high, high,
-        o_column, low, high, scale_before, scale_after, window, m_d, m_dv,
+        o_column, low, high, before_cap, softcap, to_log2, window, m_d, m_dv,
         IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, True, MASK_D, MASK_DV, DOT_DTYPE, BLOCK_N,
     )  # fmt: skip
 
     b_sink = softmax.load_sinks(p_sinks, i_h + tl.zeros([BLOCK_M], dtype=tl.int32), m_row)
-    b_o, b_lse = softmax.finish(b_o, b_max, b_sum, b_sink)
+    b_o, b_lse = softmax.finish(b_o, b_max, b_sum, b_sink, to_log2)
     p_o = p_output + i_b * stride_output[0] + i_q_head * stride_output[1]
     p_o = p_o + o_row.to(tl.int64)[:, None] * stride_output[2] + o_dv[None, :]
     tl.store(p_o, b_o.to(p_output.dtype.element_ty), mask=m_row[:, None] & m_dv[None, :])
@@ -175,7 +178,7 @@ def prefill_attention(
     """Writes attention into output `[B, Hq, Q, Dv]` and, if given, lse (contiguous `[B, Hq, Q]`); B, Q > 0."""
     batch, num_query_heads, query_len, head_dim = query.shape
     value_dim = value.shape[3]
-    scale_before, scale_after = softmax.score_scales(scale, softcap)
+    scores = softmax.score_scale(scale, softcap)
     grid = (triton.cdiv(query_len, tiles.block_m) * batch * num_query_heads,)
     _prefill_kernel[grid](
         query,
@@ -195,8 +198,9 @@ def prefill_attention(
         num_query_heads // key.shape[1],
         query_len,
         key.shape[2],
-        scale_before,
-        scale_after,
+        scores.before_cap,
+        scores.softcap,
+        scores.to_log2,
         window,
         D=head_dim,
         Dv=value_dim,
@@ -207,6 +211,7 @@ def prefill_attention(
         IS_CAUSAL=is_causal,
         HAS_WINDOW=window > 0,
         HAS_SOFTCAP=softcap > 0,
+        QUERY_SIGN=scores.query_sign,
         DOT_DTYPE=dot_dtype(query.dtype),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,

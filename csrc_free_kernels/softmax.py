@@ -1,6 +1,7 @@
 """Online softmax in the log2 domain: jit helpers shared by the attention kernels (arXiv 2205.14135, 2307.08691)."""
 
 import math
+from dataclasses import dataclass
 
 import triton
 import triton.language as tl
@@ -10,25 +11,51 @@ _LN2 = tl.constexpr(math.log(2))
 _LOG2E = tl.constexpr(LOG2E)
 
 
-def score_scales(scale: float, softcap: float) -> tuple[float, float]:
-    """The two factors of `scores`: before and, with a softcap, after tanh. Scores come out times log2(e).
+@dataclass(frozen=True)
+class ScoreScale:
+    """How products of query and key become log2 weights, as the numbers a kernel takes.
+
+    query_sign (-1, 0 or 1) is multiplied into the query, so that to_log2 is positive and the running maximum can be
+    kept unscaled. With a softcap, products become `softcap * tanh(product * before_cap)`.
+    """
+
+    query_sign: int
+    before_cap: float
+    softcap: float
+    to_log2: float
+
+
+def score_scale(scale: float, softcap: float) -> ScoreScale:
+    """The numbers for scores `scale * product`, softcapped if softcap > 0.
 
     Example:
-        >>> before, after = score_scales(scale=0.5, softcap=0.0)
-        >>> round(before, 4), after
-        (0.7213, 0.0)
+        >>> score_scale(scale=-0.5, softcap=0.0)
+        ScoreScale(query_sign=-1, before_cap=0.0, softcap=0.0, to_log2=0.7213475204444817)
     """
+    # In float32 a smaller factor would flush to 0 and a larger one overflow: 0 * inf is NaN.
+    query_sign = 0 if abs(scale) < 2.0**-120 else 1 if scale > 0 else -1
+    magnitude = 1.0 if query_sign == 0 else min(abs(scale), 2.0**120)
     if softcap > 0:
-        return scale / softcap, softcap * LOG2E
-    return scale * LOG2E, 0.0
+        return ScoreScale(query_sign, before_cap=magnitude / softcap, softcap=softcap, to_log2=LOG2E)
+    return ScoreScale(query_sign, before_cap=0.0, softcap=0.0, to_log2=magnitude * LOG2E)
 
 
 @triton.jit
-def scores(b_q, b_k, scale_before, scale_after, HAS_SOFTCAP: tl.constexpr):
-    """Scores [BLOCK_M, BLOCK_N] in float32, scaled, softcapped and times log2(e)."""
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale_before
+def sign_query(b_q, QUERY_SIGN: tl.constexpr):
+    if QUERY_SIGN == 1:
+        return b_q
+    elif QUERY_SIGN == -1:
+        return -b_q
+    else:
+        return tl.zeros_like(b_q)
+
+
+@triton.jit
+def scores(b_q, b_k, before_cap, softcap, HAS_SOFTCAP: tl.constexpr):
+    """Scores [BLOCK_M, BLOCK_N] in float32; times to_log2 they are log2 weights."""
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
     if HAS_SOFTCAP:
-        b_s = scale_after * _tanh(b_s)
+        b_s = softcap * _tanh(b_s * before_cap)
     return b_s
 
 
@@ -46,18 +73,22 @@ def _tanh(b_x):
 
 
 @triton.jit
-def update(b_s, b_o, b_max, b_sum):
-    """Takes scores b_s into the running (output, max, sum); returns the weights and the new state."""
+def update(b_s, b_o, b_max, b_sum, to_log2):
+    """Takes scores b_s into the running (output, max, sum); returns the weights and the new state.
+
+    The maximum is subtracted before the factor is multiplied in: the weights that count then round least.
+    """
     b_new_max = tl.maximum(b_max, tl.max(b_s, 1))
     b_ref = _finite(b_new_max)
-    b_p = tl.exp2(b_s - b_ref[:, None])
-    b_decay = tl.exp2(b_max - b_ref)
+    b_p = tl.exp2((b_s - b_ref[:, None]) * to_log2)
+    b_decay = tl.exp2((b_max - b_ref) * to_log2)
     return b_p, b_o * b_decay[:, None], b_new_max, b_sum * b_decay + tl.sum(b_p, 1)
 
 
 @triton.jit
-def finish(b_o, b_max, b_sum, b_sink):
+def finish(b_o, b_max, b_sum, b_sink, to_log2):
     """The normalised output and the log2 of the denominator, b_sink (log2 domain, -inf for none) included."""
+    b_max = b_max * to_log2
     b_all_max = tl.maximum(b_max, b_sink)
     b_ref = _finite(b_all_max)
     b_decay = tl.exp2(b_max - b_ref)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton.language as tl
@@ -20,26 +20,35 @@ class Tiles:
     num_stages: int
 
 
-# By (largest head dim, bytes an element): (block_m, block_n, num_warps, num_stages).
-_PREFILL = {
-    (64, 2): Tiles(128, 64, 4, 3),
-    (128, 2): Tiles(128, 64, 8, 3),
-    (256, 2): Tiles(128, 64, 8, 2),
+Table = dict[tuple[int, int], Tiles]
+
+# Tiles by (padded head dim, bytes an element). Shared memory and registers bound them: 16-bit kernels must not spill.
+# float32 products run without tensor cores, so their tiles are small.
+_FLOAT32_PREFILL: Table = {
     (64, 4): Tiles(64, 32, 8, 2),
-    (128, 4): Tiles(32, 32, 8, 2),
-    (256, 4): Tiles(16, 32, 8, 2),
+    (128, 4): Tiles(32, 16, 8, 2),
+    (256, 4): Tiles(16, 16, 8, 2),
 }
-_DECODE = {
-    (64, 2): Tiles(16, 64, 4, 3),
-    (128, 2): Tiles(16, 64, 4, 3),
-    (256, 2): Tiles(16, 32, 4, 3),
-    (64, 4): Tiles(16, 32, 4, 3),
-    (128, 4): Tiles(16, 32, 4, 2),
+_PREFILL: dict[str, Table] = {
+    "hopper": {(64, 2): Tiles(128, 64, 4, 3), (128, 2): Tiles(128, 64, 8, 3), (256, 2): Tiles(128, 32, 8, 3)},
+    "ampere": {(64, 2): Tiles(128, 128, 8, 2), (128, 2): Tiles(128, 64, 8, 3), (256, 2): Tiles(64, 64, 8, 2)},
+    "small": {(64, 2): Tiles(128, 64, 8, 2), (128, 2): Tiles(64, 32, 4, 2), (256, 2): Tiles(64, 32, 8, 1)},
+}
+_FLOAT32_DECODE: Table = {
+    (64, 4): Tiles(16, 32, 4, 2),
+    (128, 4): Tiles(16, 32, 8, 2),
     (256, 4): Tiles(16, 16, 4, 2),
 }
-# Packed query rows up to which the split kernel serves; beyond, prefill has enough tiles of its own.
+_DECODE: dict[str, Table] = {
+    "hopper": {(64, 2): Tiles(64, 64, 4, 3), (128, 2): Tiles(64, 64, 4, 3), (256, 2): Tiles(32, 32, 4, 3)},
+    "ampere": {(64, 2): Tiles(64, 64, 4, 3), (128, 2): Tiles(64, 64, 4, 3), (256, 2): Tiles(32, 32, 4, 3)},
+    "small": {(64, 2): Tiles(64, 64, 4, 2), (128, 2): Tiles(32, 64, 4, 2), (256, 2): Tiles(32, 32, 4, 2)},
+}
+# Every other GPU gets the tables that fit 64 KB of shared memory.
+_GENERATION = {"sm_90": "hopper", "sm_80": "ampere", "sm_100": "ampere", "sm_103": "ampere"}
+_MIN_DECODE_ROWS = 16
+# Query tokens up to which the split kernel serves; beyond, prefill has enough tiles of its own.
 MAX_DECODE_TOKENS = 16
-_MAX_DECODE_ROWS = 64
 # Splits share a KV range in units of this many slots.
 SLOTS_PER_SHARE = 16
 _MIN_SLOTS_PER_SPLIT = 64
@@ -64,14 +73,21 @@ def prefill_tiles(arch: str, dtype: torch.dtype, head_dim: int) -> Tiles:
         >>> prefill_tiles("sm_90", torch.bfloat16, 128)
         Tiles(block_m=128, block_n=64, num_warps=8, num_stages=3)
     """
-    return _look_up(_PREFILL, dtype, head_dim)
+    table = _PREFILL[_GENERATION.get(arch, "small")] | _FLOAT32_PREFILL
+    return table[_table_key(dtype, head_dim)]
 
 
 def decode_tiles(arch: str, dtype: torch.dtype, head_dim: int, num_rows: int) -> Tiles:
-    """Tiles of the split-KV decode kernel for num_rows = group * query_len packed rows."""
-    tiles = _look_up(_DECODE, dtype, head_dim)
-    rows = min(_MAX_DECODE_ROWS, max(tiles.block_m, _next_power_of_2(num_rows)))
-    return Tiles(rows, tiles.block_n, tiles.num_warps, tiles.num_stages)
+    """Tiles of the split-KV decode kernel for num_rows = group * query_len packed rows.
+
+    Example:
+        >>> decode_tiles("sm_90", torch.bfloat16, 128, num_rows=4)
+        Tiles(block_m=16, block_n=64, num_warps=4, num_stages=3)
+    """
+    table = _DECODE[_GENERATION.get(arch, "small")] | _FLOAT32_DECODE
+    largest = table[_table_key(dtype, head_dim)]
+    rows = min(largest.block_m, max(_MIN_DECODE_ROWS, _next_power_of_2(num_rows)))
+    return replace(largest, block_m=rows)
 
 
 def choose_num_splits(num_programs: int, kv_len: int, num_multiprocessors: int) -> int:
@@ -112,9 +128,8 @@ def _device_facts(index: int) -> tuple[str, int]:
     return f"sm_{properties.major}{properties.minor}", properties.multi_processor_count
 
 
-def _look_up(table: dict[tuple[int, int], Tiles], dtype: torch.dtype, head_dim: int) -> Tiles:
-    padded = max(64, _next_power_of_2(head_dim))
-    return table[padded, dtype.itemsize]
+def _table_key(dtype: torch.dtype, head_dim: int) -> tuple[int, int]:
+    return max(64, _next_power_of_2(head_dim)), dtype.itemsize
 
 
 def _next_power_of_2(n: int) -> int:

@@ -81,3 +81,7 @@ def append_kv_(key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tenso
         return
     with torch.cuda.device(key.device):
         kv_append.append_kv_(key_cache, value_cache, key, value, positions)
+    for cache in (key_cache, value_cache):
+        # autograd learns of a write behind its back from the version counter; inference tensors have none.
+        if not cache.is_inference():
+            torch.autograd.graph.increment_version(cache)

@@ -1,0 +1,27 @@
+"""The kernels' own tests run where kernels run: on a GPU, or in Triton's interpreter.
+
+Without a GPU they are not collected unless TRITON_INTERPRET=1; `test_interpreter.py` runs them so, in a process of
+their own, since the interpreter must be chosen before triton is first imported.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+LAUNCHING = ["test_decode.py", "test_kv_append.py", "test_prefill.py", "test_softmax.py"]
+
+if IS_INTERPRETED:
+    collect_ignore = ["test_ahead_of_time.py", "test_interpreter.py"]
+elif torch.cuda.is_available():
+    collect_ignore = ["test_interpreter.py"]
+else:
+    collect_ignore = LAUNCHING
+
+
+@pytest.fixture
+def kernel_device() -> str:
+    return "cpu" if IS_INTERPRETED else "cuda"

@@ -1,0 +1,56 @@
+"""Launches a kernel on a problem, into poisoned outputs."""
+
+from __future__ import annotations
+
+import torch
+from csrc_free_kernels import decode, prefill
+from csrc_free_kernels.tuning import Tiles
+from torch import Tensor
+
+from tests.kernels.conftest import IS_INTERPRETED
+from tests.problems import Problem, assert_as_accurate_as_pytorch
+
+
+def check_prefill(problem: Problem, tiles: Tiles) -> None:
+    output, lse = poisoned_outputs(problem)
+    prefill.prefill_attention(
+        problem.query, problem.key, problem.value, output, lse, **_options(problem), tiles=tiles
+    )
+    assert_as_accurate_as_pytorch(output, lse, problem)
+
+
+def check_decode(problem: Problem, tiles: Tiles, num_splits: int) -> None:
+    output, lse = poisoned_outputs(problem)
+    decode.decode_attention(
+        problem.query,
+        problem.key,
+        problem.value,
+        output,
+        lse,
+        **_options(problem),
+        num_splits=num_splits,
+        tiles=tiles,
+    )
+    assert_as_accurate_as_pytorch(output, lse, problem)
+
+
+def poisoned_outputs(problem: Problem) -> tuple[Tensor, Tensor]:
+    batch, num_query_heads, query_len, _ = problem.query.shape
+    shape = (batch, query_len, num_query_heads, problem.value.shape[3])
+    # The interpreter truncates a cast to bfloat16 where the hardware rounds: there the result stays in float32.
+    is_truncated = IS_INTERPRETED and problem.query.dtype == torch.bfloat16
+    dtype = torch.float32 if is_truncated else problem.query.dtype
+    device = problem.query.device
+    output = torch.full(shape, torch.nan, dtype=dtype, device=device).transpose(1, 2)
+    return output, torch.full((batch, num_query_heads, query_len), torch.nan, device=device)
+
+
+def _options(problem: Problem) -> dict[str, object]:
+    return {
+        "kv_range": problem.kv_range,
+        "sinks": problem.sinks,
+        "scale": problem.query.shape[3] ** -0.5 if problem.scale is None else problem.scale,
+        "is_causal": problem.is_causal,
+        "window": problem.window,
+        "softcap": problem.softcap,
+    }

@@ -1,0 +1,114 @@
+"""Every kernel compiles for every architecture we name, within its limits, without a GPU."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from csrc_free_kernels import decode, kv_append, prefill, tuning
+
+from tests.kernels.ahead_of_time import SHARED_MEMORY_LIMIT, TARGETS, CompiledKernel, compiled_for
+
+HALF, FLOAT = torch.float16, torch.float32
+# Bytes of stack a float32 kernel may use: its products run on registers alone.
+FLOAT32_STACK_LIMIT = 64
+
+
+def compile_attention(
+    arch: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    query_len: int,
+    is_causal: bool = True,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> list[CompiledKernel]:
+    """Compiles what the CUDA path would launch for 8:2 heads."""
+    query = torch.empty(1, query_len, 8, head_dim, dtype=dtype).transpose(1, 2)
+    key = torch.empty(1, 2, 512, head_dim, dtype=dtype)
+    output, lse = torch.empty_like(query), torch.empty(1, 8, query_len)
+    options = {
+        "kv_range": torch.zeros(1, 2, dtype=torch.int32),
+        "sinks": torch.empty(8),
+        "scale": 0.1,
+        "is_causal": is_causal,
+        "window": window,
+        "softcap": softcap,
+    }
+    with compiled_for(arch) as compiled:
+        if query_len > tuning.MAX_DECODE_TOKENS:
+            tiles = tuning.prefill_tiles(arch, dtype, head_dim)
+            prefill.prefill_attention(query, key, key, output, lse, **options, tiles=tiles)
+        else:
+            tiles = tuning.decode_tiles(arch, dtype, head_dim, num_rows=4 * query_len)
+            for num_splits in (1, 8):
+                decode.decode_attention(
+                    query, key, key, output, lse, **options, num_splits=num_splits, tiles=tiles
+                )
+    return compiled
+
+
+def check_limits(arch: str, dtype: torch.dtype, compiled: list[CompiledKernel]) -> None:
+    assert compiled
+    for kernel in compiled:
+        assert kernel.shared_bytes <= SHARED_MEMORY_LIMIT[arch], f"{arch} {kernel.name}: shared memory"
+        assert kernel.spilled_registers == 0, f"{arch} {kernel.name}: spills"
+        if arch.startswith("sm_"):
+            limit = FLOAT32_STACK_LIMIT if dtype == FLOAT else 0
+            assert kernel.stack_bytes <= limit, f"{arch} {kernel.name}: {kernel.stack_bytes} bytes of stack"
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "query_len", "options"),
+    [
+        (torch.bfloat16, 128, 200, {}),
+        (torch.bfloat16, 128, 1, {}),
+        (HALF, 64, 200, {"window": 9, "softcap": 3.0}),
+        (HALF, 64, 16, {"window": 9, "softcap": 3.0}),
+        (HALF, 256, 200, {"window": 9, "softcap": 3.0}),
+        (HALF, 256, 16, {"window": 9, "softcap": 3.0}),
+        (FLOAT, 128, 200, {}),
+        (FLOAT, 128, 1, {}),
+    ],
+    ids=str,
+)
+def test_representative_set(arch, dtype, head_dim, query_len, options):
+    check_limits(arch, dtype, compile_attention(arch, dtype, head_dim, query_len, **options))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", TARGETS)
+@pytest.mark.parametrize("dtype", [HALF, torch.bfloat16, FLOAT], ids=str)
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128, 192, 256])
+def test_full_product(arch, dtype, head_dim):
+    for query_len, window, softcap in itertools.product((200, 1, 16), (0, 9), (0.0, 3.0)):
+        compiled = compile_attention(arch, dtype, head_dim, query_len, window=window, softcap=softcap)
+        check_limits(arch, dtype, compiled)
+    for query_len in (200, 1, 16):
+        check_limits(arch, dtype, compile_attention(arch, dtype, head_dim, query_len, is_causal=False))
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+def test_append(arch):
+    cache, tokens = torch.empty(2, 2, 64, 128, dtype=HALF), torch.empty(2, 2, 1, 128, dtype=HALF)
+    with compiled_for(arch) as compiled:
+        kv_append.append_kv_(cache, cache, tokens, tokens, torch.zeros(2, dtype=torch.int64))
+    check_limits(arch, HALF, compiled)
+
+
+@pytest.mark.parametrize("dtype", [HALF, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_hopper_prefill_uses_wgmma(dtype, head_dim):
+    (kernel,) = compile_attention("sm_90", dtype, head_dim, query_len=200)
+    assert "wgmma.mma_async" in kernel.assembly
+
+
+def test_float32_never_uses_tf32():
+    for query_len in (200, 1):
+        for kernel in compile_attention("sm_90", FLOAT, 128, query_len):
+            assert "tf32" not in kernel.assembly

@@ -1,0 +1,121 @@
+"""Random attention problems, the oracle's answer to them, and the bar that a kernel must pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from flashcore_ops import reference
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The arguments of `attention`, in its order."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    kv_range: Tensor | None = None
+    scale: float | None = None
+    is_causal: bool = True
+    window: int = 0
+    softcap: float = 0.0
+    sinks: Tensor | None = None
+
+    def arguments(self) -> tuple[object, ...]:
+        return (
+            *(self.query, self.key, self.value, self.kv_range, self.scale),
+            *(self.is_causal, self.window, self.softcap, self.sinks),
+        )
+
+    def in_float64(self) -> Problem:
+        return replace(
+            self,
+            query=self.query.double(),
+            key=self.key.double(),
+            value=self.value.double(),
+            sinks=None if self.sinks is None else self.sinks.double(),
+        )
+
+    def poisoned(self) -> Problem:
+        """The same with NaN in every slot that no row sees."""
+        visible = reference.visible_slots(
+            self.query.shape[2],
+            self.key.shape[2],
+            self.kv_range,
+            self.is_causal,
+            self.window,
+            device=self.query.device,
+        )
+        unseen = ~visible.any(dim=1)[:, None, :, None]
+        return replace(
+            self, key=self.key.masked_fill(unseen, torch.nan), value=self.value.masked_fill(unseen, torch.nan)
+        )
+
+
+def make_problem(
+    batch: int = 2,
+    num_query_heads: int = 4,
+    num_kv_heads: int = 2,
+    query_len: int = 5,
+    kv_len: int = 33,
+    head_dim: int = 32,
+    value_dim: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    kv_range: list[tuple[int, int]] | None = None,
+    has_sinks: bool = False,
+    scale: float | None = None,
+    is_causal: bool = True,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> Problem:
+    """Normal random tensors in a model's layout: stored `[B, T, H, D]`, NaN in every slot that no row sees."""
+    value_dim = head_dim if value_dim is None else value_dim
+
+    def heads(num_heads: int, tokens: int, dim: int) -> Tensor:
+        return torch.randn(batch, tokens, num_heads, dim, dtype=dtype, device=device).transpose(1, 2)
+
+    return Problem(
+        query=heads(num_query_heads, query_len, head_dim),
+        key=heads(num_kv_heads, kv_len, head_dim),
+        value=heads(num_kv_heads, kv_len, value_dim),
+        kv_range=None if kv_range is None else torch.tensor(kv_range, dtype=torch.int32, device=device),
+        sinks=torch.randn(num_query_heads, device=device) if has_sinks else None,
+        scale=scale,
+        is_causal=is_causal,
+        window=window,
+        softcap=softcap,
+    ).poisoned()
+
+
+def assert_as_accurate_as_pytorch(output: Tensor, lse: Tensor | None, problem: Problem) -> None:
+    """The bar: at most twice the error of plain PyTorch in the inputs' dtype, plus the rounding of the output.
+
+    Both errors are the maximum distance from the float64 reference. NaN never passes.
+    """
+    exact, exact_lse = reference.attention_with_lse(*problem.in_float64().arguments())
+    plain, plain_lse = reference.attention_with_lse(*problem.arguments())
+    assert output.shape == exact.shape
+    _assert_within(output, plain, exact, exact.to(problem.query.dtype), "output")
+    if lse is not None:
+        assert lse.shape == exact_lse.shape
+        assert lse.dtype == torch.float32
+        blind = torch.isinf(exact_lse)
+        assert torch.equal(lse.double()[blind], exact_lse[blind]), "a row that sees nothing has lse -inf"
+        lse, plain_lse, exact_lse = lse[~blind], plain_lse[~blind], exact_lse[~blind]
+        _assert_within(lse, plain_lse, exact_lse, exact_lse.float(), "lse")
+
+
+def _assert_within(actual: Tensor, plain: Tensor, exact: Tensor, rounded: Tensor, name: str) -> None:
+    if exact.numel() == 0:
+        return
+    error = (actual.double() - exact).abs().max().item()
+    plain_error = (plain.double() - exact).abs().max().item()
+    rounding = (rounded.double() - exact).abs().max().item()
+    bar = 2 * plain_error + rounding
+    assert error <= bar, f"{name}: error {error:.3g} > {bar:.3g} = 2 * {plain_error:.3g} + {rounding:.3g}"

@@ -1,0 +1,162 @@
+"""The attention ops on every device, against the float64 reference by the twice-PyTorch bar."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flashcore_ops import attention, attention_with_lse
+from tests.problems import DTYPES, Problem, assert_as_accurate_as_pytorch, make_problem
+
+
+def check(problem: Problem, num_splits: int = 0) -> None:
+    output, lse = attention_with_lse(*problem.arguments(), num_splits=num_splits)
+    assert_as_accurate_as_pytorch(output, lse, problem)
+    output = attention(*problem.arguments(), num_splits=num_splits)
+    assert_as_accurate_as_pytorch(output, None, problem)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("query_len", [1, 3, 16, 17, 130])
+@pytest.mark.parametrize("head_dim", [16, 24, 64, 80, 96, 112, 128, 160, 192, 256])
+def test_head_dims(device, dtype, query_len, head_dim):
+    check(make_problem(query_len=query_len, kv_len=203, head_dim=head_dim, dtype=dtype, device=device))
+
+
+@pytest.mark.parametrize(("num_query_heads", "num_kv_heads"), [(1, 1), (4, 4), (8, 1), (7, 1), (14, 2), (9, 3)])
+@pytest.mark.parametrize("query_len", [1, 2, 19])
+def test_head_ratios(device, num_query_heads, num_kv_heads, query_len):
+    check(
+        make_problem(
+            num_query_heads=num_query_heads,
+            num_kv_heads=num_kv_heads,
+            query_len=query_len,
+            kv_len=77,
+            head_dim=64,
+            dtype=torch.float16,
+            device=device,
+        )
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("query_len", [1, 5, 40])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kv_range": [(0, 100), (37, 90)]},
+        {"kv_range": [(0, 2), (50, 50)]},
+        {"kv_range": [(-5, 1000), (120, 60)]},
+        {"is_causal": False},
+        {"is_causal": False, "kv_range": [(10, 100), (0, 1)]},
+        {"window": 1},
+        {"window": 30},
+        {"window": 30, "kv_range": [(80, 100), (0, 64)]},
+        {"window": 1000},
+        {"softcap": 0.5},
+        {"softcap": 30.0, "window": 17},
+        {"has_sinks": True},
+        {"has_sinks": True, "kv_range": [(0, 3), (99, 99)], "softcap": 5.0, "window": 9},
+        {"scale": 0.0},
+        {"scale": -0.3},
+        {"value_dim": 64},
+        {"value_dim": 24},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_options(device, dtype, query_len, options):
+    check(make_problem(query_len=query_len, kv_len=133, dtype=dtype, device=device, **options))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sinks_in_the_querys_dtype(device, dtype):
+    problem = make_problem(dtype=dtype, device=device, has_sinks=True)
+    sinks = problem.sinks.to(dtype)
+    output = attention(problem.query, problem.key, problem.value, sinks=sinks)
+    expected = attention(problem.query, problem.key, problem.value, sinks=sinks.float())
+    assert torch.equal(output, expected)
+
+
+@pytest.mark.parametrize(
+    ("batch", "query_len", "kv_len"),
+    [(0, 3, 5), (2, 0, 5), (2, 3, 0), (2, 1, 0), (2, 20, 0), (2, 0, 0), (1, 1, 1), (1, 20, 1), (1, 64, 64)],
+)
+def test_empty_and_tiny(device, batch, query_len, kv_len):
+    problem = make_problem(batch=batch, query_len=query_len, kv_len=kv_len, device=device)
+    check(problem)
+    output, lse = attention_with_lse(*problem.arguments())
+    if kv_len == 0:
+        assert (output == 0).all()
+        assert torch.isneginf(lse).all()
+
+
+@pytest.mark.parametrize("query_len", [1, 18])
+def test_any_strides_with_a_contiguous_last_dim(device, query_len):
+    contiguous = make_problem(query_len=query_len, kv_len=50, device=device)
+    wide = torch.randn(2, 2, 50, 96, device=device)
+    views = Problem(
+        query=contiguous.query.contiguous(),
+        key=wide[..., :32],
+        value=wide[..., 40:72],
+        kv_range=torch.tensor([[0, 7], [5, 50], [9, 9], [1, 45]], dtype=torch.int32, device=device)[1::2],
+    )
+    assert views.kv_range is not None
+    assert not views.kv_range.is_contiguous()
+    check(views)
+    shared = Problem(
+        query=contiguous.query,
+        key=contiguous.key[:1].expand(2, -1, -1, -1),
+        value=contiguous.value[:1, :1].expand(2, 2, -1, -1),
+    )
+    check(shared)
+
+
+def test_output_is_stored_token_major(device):
+    problem = make_problem(batch=3, num_query_heads=6, num_kv_heads=3, query_len=4, value_dim=40, device=device)
+    output = attention(*problem.arguments())
+    assert output.shape == (3, 6, 4, 40)
+    assert output.transpose(1, 2).is_contiguous()
+    fake = torch.ops.flashcore.attention(*(tensor.to("meta") for tensor in (problem.query, problem.key, problem.value)))
+    assert fake.stride() == output.stride()
+
+
+@pytest.mark.parametrize("query_len", [1, 6, 48])
+def test_partial_results_merge(device, query_len):
+    problem = make_problem(batch=1, query_len=query_len, kv_len=90, has_sinks=True, is_causal=False, device=device)
+    pieces = []
+    for low, high, sinks in [(0, 20, None), (20, 21, problem.sinks), (21, 90, None)]:
+        kv_range = torch.tensor([[low, high]], dtype=torch.int32, device=device)
+        pieces.append(
+            attention_with_lse(
+                problem.query, problem.key, problem.value, kv_range=kv_range, is_causal=False, sinks=sinks
+            )
+        )
+    lse = torch.stack([piece_lse for _, piece_lse in pieces])
+    weights = torch.softmax(lse, dim=0)[..., None]
+    merged = sum(weight * output for weight, (output, _) in zip(weights, pieces, strict=True))
+    expected, expected_lse = attention_with_lse(*problem.arguments())
+    torch.testing.assert_close(merged, expected, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(torch.logsumexp(lse, dim=0), expected_lse, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("num_splits", [1, 2, 5, 7, 64, 10_000])
+@pytest.mark.parametrize("query_len", [1, 4])
+def test_num_splits_is_an_upper_bound_at_any_length(device, num_splits, query_len):
+    options = {"kv_range": [(0, 300), (290, 300), (0, 1)], "has_sinks": True}
+    check(make_problem(batch=3, query_len=query_len, kv_len=301, device=device, **options), num_splits=num_splits)
+
+
+@pytest.mark.parametrize("query_len", [1, 9, 100])
+def test_results_repeat_bitwise(device, query_len):
+    problem = make_problem(query_len=query_len, kv_len=500, head_dim=64, dtype=torch.float16, device=device)
+    first, first_lse = attention_with_lse(*problem.arguments())
+    for _ in range(5):
+        output, lse = attention_with_lse(*problem.arguments())
+        assert torch.equal(output, first)
+        assert torch.equal(lse, first_lse)
+
+
+@pytest.mark.parametrize("query_len", [1, 33])
+def test_large_scores_do_not_overflow(device, query_len):
+    problem = make_problem(query_len=query_len, scale=100.0, device=device)
+    check(problem)
