@@ -37,7 +37,8 @@ def check_attention(
 ) -> None:
     """Raises a typed error unless the attention ops can serve these arguments."""
     _check_no_gradients(query, key, value, sinks)
-    _check_heads(query, key, value, names=("query", "key", "value"))
+    _check_tensors(query, key, value, names=("query", "key", "value"))
+    _check_pairs(key, value, names=("key", "value"))
     if query.shape[3] != key.shape[3]:
         raise ShapeError.explain(
             "key",
@@ -65,8 +66,8 @@ def check_attention(
 def check_append_kv(key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tensor, positions: Tensor) -> None:
     """Raises a typed error unless `append_kv_` can serve these arguments."""
     _check_no_gradients(key_cache, value_cache, key, value)
-    _check_heads(key, key_cache, value_cache, names=("key", "key_cache", "value_cache"))
-    _check_heads(key, key_cache, value, names=("key", "key_cache", "value"), same_slots=False)
+    _check_tensors(key, value, key_cache, value_cache, names=("key", "value", "key_cache", "value_cache"))
+    _check_pairs(key_cache, value_cache, names=("key_cache", "value_cache"))
     for tokens, cache, name in ((key, key_cache, "key"), (value, value_cache, "value")):
         if tokens.shape[1] != cache.shape[1] or tokens.shape[3] != cache.shape[3]:
             raise ShapeError.explain(
@@ -107,11 +108,10 @@ def _check_no_gradients(*tensors: Tensor | None) -> None:
         )
 
 
-def _check_heads(
-    first: Tensor, key: Tensor, value: Tensor, names: tuple[str, str, str], same_slots: bool = True
-) -> None:
-    """Rank, dtype, device, batch, head dim and layout of three `[B, H, T, D]` tensors."""
-    for tensor, name in zip((first, key, value), names, strict=True):
+def _check_tensors(*tensors: Tensor, names: tuple[str, ...]) -> None:
+    """Rank, dtype, device, batch, head dim and layout of `[B, H, T, D]` tensors that go together."""
+    first = tensors[0]
+    for tensor, name in zip(tensors, names, strict=True):
         if tensor.dim() != 4:
             raise ShapeError.explain(
                 name,
@@ -161,10 +161,13 @@ def _check_heads(
                 got=f"stride {tensor.stride(3)}",
                 fix="Call .contiguous() on it first.",
             )
-    if value.shape[1] != key.shape[1] or (same_slots and value.shape[2] != key.shape[2]):
+
+
+def _check_pairs(key: Tensor, value: Tensor, names: tuple[str, str]) -> None:
+    if value.shape[1] != key.shape[1] or value.shape[2] != key.shape[2]:
         raise ShapeError.explain(
-            names[2],
-            expected=f"{names[1]}'s {key.shape[1]} heads and {key.shape[2]} slots",
+            names[1],
+            expected=f"{names[0]}'s {key.shape[1]} heads and {key.shape[2]} slots",
             got=f"{value.shape[1]} heads and {value.shape[2]} slots",
             fix="Keys and values come in pairs: pass one value for each key.",
         )
@@ -221,7 +224,7 @@ def _check_options(scale: float | None, is_causal: bool, window: int, softcap: f
 
 
 def _check_apart(a: Tensor, b: Tensor, a_name: str, b_name: str) -> None:
-    if a.numel() == 0 or b.numel() == 0 or not torch._C._is_alias_of(a, b):
+    if a.numel() == 0 or b.numel() == 0 or not torch._C._is_alias_of(a, b):  # type: ignore[attr-defined]
         return
     a_first, b_first = a.storage_offset(), b.storage_offset()
     if a_first <= _last_element(b) and b_first <= _last_element(a):
@@ -234,5 +237,8 @@ def _check_apart(a: Tensor, b: Tensor, a_name: str, b_name: str) -> None:
 
 
 def _last_element(tensor: Tensor) -> int:
-    strides = zip(tensor.shape, tensor.stride(), strict=True)
-    return tensor.storage_offset() + sum((size - 1) * stride for size, stride in strides)
+    """Offset of the tensor's last element in its storage."""
+    last = int(tensor.storage_offset())
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        last += (size - 1) * stride
+    return last

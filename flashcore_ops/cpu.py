@@ -33,12 +33,14 @@ def attention(
     if lse is not None:
         lse.copy_(sinks[:, None].expand_as(lse) if sinks is not None else torch.tensor(-torch.inf))
     for batch, rows, slots in _visible_blocks(query, key, kv_range, is_causal, window):
-        block = query[batch, :, rows], key[batch, :, slots], value[batch, :, slots]
+        q, k, v = query[batch, :, rows], key[batch, :, slots], value[batch, :, slots]
         if softcap == 0 and sinks is None and lse is None:
-            output[batch, :, rows] = _torch_attention(*block, scale, is_causal, window)
+            output[batch, :, rows] = _torch_attention(q, k, v, scale, is_causal, window)
             continue
         block_output, block_lse = reference.attention_with_lse(
-            *(tensor.float() for tensor in block),
+            q.float(),
+            k.float(),
+            v.float(),
             scale=scale,
             is_causal=is_causal,
             window=window,

@@ -117,9 +117,7 @@ OPS = (
 
 _library = torch.library.Library("flashcore", "DEF")
 for _name, _schema, _with_kernel, _cpu_kernel, _cuda_kernel in OPS:
-    _library.define(
-        _name + _schema, tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
-    )
+    _library.define(_name + _schema, tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
     _library.impl(_name, _with_kernel(_cpu_kernel), "CPU")
     _library.impl(_name, _with_kernel(_cuda_kernel), "CUDA")
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")

@@ -51,9 +51,7 @@ def test_current_environment_needs_no_tools(
     assert setup_env.main([str(tmp_path / "other")]) == 1
 
 
-def test_interrupted_set_up_starts_over(
-    tmp_path: Path, installs: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_set_up_starts_over(tmp_path: Path, installs: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(python: Path) -> None:
         raise KeyboardInterrupt
 
@@ -89,9 +87,7 @@ def test_environment_of_another_tool_is_left_alone(
     )
 
 
-def test_changed_requirements_and_moved_checkouts_are_stale(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_changed_requirements_and_moved_checkouts_are_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(ROOT / "constraints", tmp_path / "constraints")
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     monkeypatch.setattr(setup_env, "ROOT", tmp_path)
@@ -212,9 +208,7 @@ def test_project_requirements_admit_the_tested_versions() -> None:
     extras = project["optional-dependencies"].values()
     wanted = {
         requirement.name: requirement.specifier
-        for requirement in map(
-            Requirement, [*project["dependencies"], *(line for extra in extras for line in extra)]
-        )
+        for requirement in map(Requirement, [*project["dependencies"], *(line for extra in extras for line in extra)])
     }
     lines = [line for file in (ROOT / "constraints").glob("*.txt") for line in file.read_text().splitlines()]
     tested = [Requirement(line) for line in lines if line and not line.startswith(("#", "-c"))]

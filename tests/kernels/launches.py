@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import torch
-from csrc_free_kernels import decode, prefill
-from csrc_free_kernels.tuning import Tiles
 from torch import Tensor
 
+from csrc_free_kernels import decode, prefill
+from csrc_free_kernels.tuning import Tiles
 from tests.kernels.conftest import IS_INTERPRETED
 from tests.problems import Problem, assert_as_accurate_as_pytorch
 
 
 def check_prefill(problem: Problem, tiles: Tiles) -> None:
     output, lse = poisoned_outputs(problem)
-    prefill.prefill_attention(
-        problem.query, problem.key, problem.value, output, lse, **_options(problem), tiles=tiles
-    )
+    prefill.prefill_attention(problem.query, problem.key, problem.value, output, lse, **_options(problem), tiles=tiles)
     assert_as_accurate_as_pytorch(output, lse, problem)
 
 

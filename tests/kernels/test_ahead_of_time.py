@@ -10,7 +10,6 @@ import torch
 pytest.importorskip("triton")
 
 from csrc_free_kernels import decode, kv_append, prefill, tuning
-
 from tests.kernels.ahead_of_time import SHARED_MEMORY_LIMIT, TARGETS, CompiledKernel, compiled_for
 
 HALF, FLOAT = torch.float16, torch.float32
@@ -46,9 +45,7 @@ def compile_attention(
         else:
             tiles = tuning.decode_tiles(arch, dtype, head_dim, num_rows=4 * query_len)
             for num_splits in (1, 8):
-                decode.decode_attention(
-                    query, key, key, output, lse, **options, num_splits=num_splits, tiles=tiles
-                )
+                decode.decode_attention(query, key, key, output, lse, **options, num_splits=num_splits, tiles=tiles)
     return compiled
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from csrc_free_kernels.tuning import Tiles
 
+from csrc_free_kernels.tuning import Tiles
 from tests.kernels.launches import check_decode
 from tests.problems import DTYPES, make_problem
 

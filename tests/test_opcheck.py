@@ -1,0 +1,58 @@
+"""torch.library.opcheck on every op: schema, fake kernel and autograd registration over the argument space."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from tests.problems import DTYPES, make_problem
+
+ATTENTION_CASES = {
+    "prefill": {"query_len": 20, "kv_len": 20},
+    "decode": {"query_len": 1},
+    "kv_range": {"kv_range": [(0, 20), (7, 33)]},
+    "every option": {"kv_range": [(0, 20), (7, 33)], "window": 9, "softcap": 3.0, "has_sinks": True, "scale": 0.5},
+    "not causal": {"is_causal": False},
+    "value_dim": {"value_dim": 64},
+    "multi-query": {"num_query_heads": 7, "num_kv_heads": 1},
+    "no slots": {"kv_len": 0},
+    "no tokens": {"query_len": 0},
+    "no batch": {"batch": 0},
+}
+
+
+@pytest.mark.parametrize("op", ["attention", "attention_with_lse"])
+@pytest.mark.parametrize("case", ATTENTION_CASES)
+def test_attention(device, op, case):
+    problem = make_problem(**ATTENTION_CASES[case], device=device)
+    # opcheck compares outputs of two runs, and NaN is not equal to NaN; the ops' outputs hold none.
+    opcheck(getattr(torch.ops.flashcore, op).default, problem.arguments())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention_dtypes(device, dtype):
+    opcheck(torch.ops.flashcore.attention.default, make_problem(dtype=dtype, device=device).arguments())
+
+
+@pytest.mark.parametrize("layout", ["head-major", "expanded", "sliced"])
+def test_attention_layouts(device, layout):
+    problem = make_problem(device=device)
+    query, key, value = problem.query, problem.key, problem.value
+    if layout == "head-major":
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    elif layout == "expanded":
+        key, value = key[:1].expand(2, -1, -1, -1), value[:, :1].expand(-1, 2, -1, -1)
+    else:
+        query, key, value = query[:, :, 1:], key[:, :, :-3], value[:, :, :-3]
+    opcheck(torch.ops.flashcore.attention.default, (query, key, value))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("positions", [[0, 3], [-2, 7]])
+@pytest.mark.parametrize("positions_dtype", [torch.int32, torch.int64])
+def test_append_kv(device, dtype, positions, positions_dtype):
+    caches = [torch.randn(2, 3, 8, dim, dtype=dtype, device=device) for dim in (16, 24)]
+    tokens = [torch.randn(2, 2, 3, dim, dtype=dtype, device=device).transpose(1, 2) for dim in (16, 24)]
+    arguments = (*caches, *tokens, torch.tensor(positions, dtype=positions_dtype, device=device))
+    opcheck(torch.ops.flashcore.append_kv_.default, arguments)

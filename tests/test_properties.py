@@ -1,0 +1,106 @@
+"""Properties over random shapes, strides and options: the oracle's answer, and laws that need no oracle."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("hypothesis")
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flashcore_ops import append_kv_, attention, attention_with_lse, reference
+from tests.problems import Problem, assert_as_accurate_as_pytorch, make_problem
+
+head_dims = st.sampled_from([16, 24, 32, 40, 64, 80])
+
+
+@st.composite
+def problems(draw: st.DrawFn, device: str) -> Problem:
+    num_kv_heads = draw(st.integers(1, 3))
+    batch, kv_len = draw(st.integers(1, 3)), draw(st.integers(0, 90))
+    is_causal = draw(st.booleans())
+    bound = st.integers(-5, kv_len + 5)
+    torch.manual_seed(draw(st.integers(0, 2**16)))
+    problem = make_problem(
+        batch=batch,
+        num_query_heads=num_kv_heads * draw(st.integers(1, 7)),
+        num_kv_heads=num_kv_heads,
+        query_len=draw(st.integers(1, 40)),
+        kv_len=kv_len,
+        head_dim=draw(head_dims),
+        value_dim=draw(head_dims),
+        dtype=draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16])),
+        device=device,
+        kv_range=draw(st.none() | st.lists(st.tuples(bound, bound), min_size=batch, max_size=batch)),
+        has_sinks=draw(st.booleans()),
+        scale=draw(st.none() | st.floats(-2, 2)),
+        is_causal=is_causal,
+        window=draw(st.integers(0, 60)) if is_causal else 0,
+        softcap=draw(st.sampled_from([0.0, 0.5, 20.0])),
+    )
+    return draw(st.sampled_from([problem, head_major(problem), inside_larger(problem)]))
+
+
+def head_major(problem: Problem) -> Problem:
+    return Problem(
+        problem.query.contiguous(), problem.key.contiguous(), problem.value.contiguous(), *problem.arguments()[3:]
+    )
+
+
+def inside_larger(problem: Problem) -> Problem:
+    """The same tensors as views of larger ones that are NaN elsewhere."""
+
+    def view(tensor: torch.Tensor) -> torch.Tensor:
+        larger = tensor.new_full([size + 3 for size in tensor.shape], torch.nan)
+        inner = larger[1:-2, 2:-1, 1:-2, 3:]
+        inner.copy_(tensor)
+        return inner
+
+    return Problem(view(problem.query), view(problem.key), view(problem.value), *problem.arguments()[3:])
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.data(), st.integers(0, 9))
+def test_attention_equals_the_oracle(device, data, num_splits):
+    problem = data.draw(problems(device))
+    output, lse = attention_with_lse(*problem.arguments(), num_splits=num_splits)
+    assert_as_accurate_as_pytorch(output, lse, problem)
+    assert_as_accurate_as_pytorch(attention(*problem.arguments(), num_splits=num_splits), None, problem)
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(st.data())
+def test_batches_do_not_mix(device, data):
+    """Every batch entry alone gives what it gives in the batch, within the rounding of the split count."""
+    problem = data.draw(problems(device))
+    output = attention(*problem.arguments(), num_splits=1)
+    for row in range(problem.query.shape[0]):
+        one = slice(row, row + 1)
+        alone = attention(
+            problem.query[one],
+            problem.key[one],
+            problem.value[one],
+            None if problem.kv_range is None else problem.kv_range[one],
+            *problem.arguments()[4:],
+            num_splits=1,
+        )
+        bound = 4 * torch.finfo(output.dtype).eps
+        torch.testing.assert_close(alone, output[one], rtol=bound, atol=bound)
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(st.data())
+def test_append_equals_the_reference(device, data):
+    draw = data.draw
+    batch, num_heads, kv_len, num_tokens = (draw(st.integers(0, 4)) for _ in range(4))
+    torch.manual_seed(draw(st.integers(0, 2**16)))
+    caches = [torch.randn(batch, num_heads, kv_len, draw(head_dims), device=device) for _ in range(2)]
+    tokens = [torch.randn(batch, num_heads, num_tokens, cache.shape[3], device=device) for cache in caches]
+    bound = st.integers(-6, kv_len + 6)
+    positions = torch.tensor(draw(st.lists(bound, min_size=batch, max_size=batch)), dtype=torch.int32, device=device)
+    expected = [cache.clone() for cache in caches]
+    reference.append_kv_(*expected, *tokens, positions)
+    append_kv_(*caches, *tokens, positions)
+    assert all(torch.equal(cache, other) for cache, other in zip(caches, expected, strict=True))

@@ -1,0 +1,53 @@
+"""The public surface: op schemas, tags and names."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from expecttest import TestCase
+
+import flashcore_ops
+
+OPS = ("attention", "attention_with_lse", "append_kv_")
+
+
+class TestSchemas(TestCase):
+    def test_schemas(self):
+        schemas = "\n".join(str(getattr(torch.ops.flashcore, name).default._schema) for name in OPS)
+        self.assertExpectedInline(
+            schemas,
+            """\
+flashcore::attention(Tensor query, Tensor key, Tensor value, Tensor? kv_range=None, float? scale=None, bool is_causal=True, int window=0, float softcap=0., Tensor? sinks=None, int num_splits=0) -> Tensor
+flashcore::attention_with_lse(Tensor query, Tensor key, Tensor value, Tensor? kv_range=None, float? scale=None, bool is_causal=True, int window=0, float softcap=0., Tensor? sinks=None, int num_splits=0) -> (Tensor, Tensor)
+flashcore::append_kv_(Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor key, Tensor value, Tensor positions) -> ()""",
+        )
+
+    def test_public_names(self):
+        self.assertExpectedInline(
+            "\n".join(flashcore_ops.__all__),
+            """\
+FlashCoreError
+append_kv_
+attention
+attention_with_kv_cache
+attention_with_lse""",
+        )
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_tags(name):
+    tags = getattr(torch.ops.flashcore, name).default.tags
+    assert {torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag} <= set(tags)
+    assert torch.Tag.cudagraph_unsafe not in tags
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_python_face_takes_the_schemas_arguments_with_its_defaults(name):
+    parameters = inspect.signature(getattr(flashcore_ops, name)).parameters
+    arguments = getattr(torch.ops.flashcore, name).default._schema.arguments
+    assert list(parameters) == [argument.name for argument in arguments]
+    for argument in arguments:
+        default = parameters[argument.name].default
+        assert default == (argument.default_value if argument.has_default_value() else inspect.Parameter.empty)
