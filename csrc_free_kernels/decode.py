@@ -23,7 +23,8 @@ def _decode_kernel(
     p_output,
     p_lse,
     p_partial,
-    p_partial_lse,
+    p_partial_max,
+    p_partial_sum,
     p_range,
     p_sinks,
     stride_query,
@@ -38,6 +39,7 @@ def _decode_kernel(
     before_cap,
     softcap,
     to_log2,
+    to_natural,
     window,
     num_splits,
     num_row_tiles,
@@ -113,19 +115,19 @@ def _decode_kernel(
 
     i_row = (i_b * Hkv * G + o_head) * Q + o_token
     if IS_SPLIT:
-        b_no_sink = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        b_o, b_lse = softmax.finish(b_o, b_max, b_sum, b_no_sink, to_log2)
-        p_part = p_partial + (i_split.to(tl.int64) * num_rows + i_row)[:, None] * Dv + o_dv[None, :]
-        tl.store(p_part, b_o, mask=m_row[:, None] & m_dv[None, :])
-        tl.store(p_partial_lse + i_split.to(tl.int64) * num_rows + i_row, b_lse, mask=m_row)
+        # Unnormalised, with max and sum apart: a log-sum-exp would round away what the combination needs.
+        i_part = i_split.to(tl.int64) * num_rows + i_row
+        tl.store(p_partial + i_part[:, None] * Dv + o_dv[None, :], b_o, mask=m_row[:, None] & m_dv[None, :])
+        tl.store(p_partial_max + i_part, b_max, mask=m_row)
+        tl.store(p_partial_sum + i_part, b_sum, mask=m_row)
     else:
         b_sink = softmax.load_sinks(p_sinks, o_head, m_row)
-        b_o, b_lse = softmax.finish(b_o, b_max, b_sum, b_sink, to_log2)
+        b_o, b_lse = softmax.finish(b_o, b_max, b_sum, b_sink, to_natural)
         p_o = p_output + i_b * stride_output[0] + o_head.to(tl.int64)[:, None] * stride_output[1]
         p_o = p_o + o_token.to(tl.int64)[:, None] * stride_output[2] + o_dv[None, :]
         tl.store(p_o, b_o.to(p_output.dtype.element_ty), mask=m_row[:, None] & m_dv[None, :])
         if p_lse is not None:
-            tl.store(p_lse + i_row, softmax.to_natural_log(b_lse), mask=m_row)
+            tl.store(p_lse + i_row, b_lse, mask=m_row)
 
 
 @triton.jit(do_not_specialize=["Hq", "Q", "num_splits", "num_rows"])
@@ -133,9 +135,12 @@ def _combine_kernel(
     p_output,
     p_lse,
     p_partial,
-    p_partial_lse,
+    p_partial_max,
+    p_partial_sum,
     p_sinks,
     stride_output,
+    to_log2,
+    to_natural,
     Hq,
     Q,
     num_splits,
@@ -145,37 +150,41 @@ def _combine_kernel(
     BLOCK_SPLITS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """One row (batch, head, token): the splits' outputs weighted by their share of the softmax's denominator."""
+    """One row (batch, head, token): the splits' sums, brought to a common maximum and added in order."""
     i_row = tl.program_id(0).to(tl.int64)
     i_token = i_row % Q
     i_head = i_row // Q % Hq
     i_b = i_row // Q // Hq
     o_split = tl.arange(0, BLOCK_SPLITS)
-    b_lse = tl.load(
-        p_partial_lse + o_split.to(tl.int64) * num_rows + i_row, mask=o_split < num_splits, other=float("-inf")
-    )
-    b_sink = tl.max(softmax.load_sinks(p_sinks, i_head + tl.zeros([1], tl.int64), tl.full([1], True, tl.int1)), 0)
-    b_all_max = tl.maximum(tl.max(b_lse, 0), b_sink)
-    b_ref = tl.where(b_all_max == float("-inf"), 0.0, b_all_max)
-    b_sum = tl.sum(tl.exp2(b_lse - b_ref), 0) + tl.exp2(b_sink - b_ref)
+    o_part = o_split.to(tl.int64) * num_rows + i_row
+    b_max = tl.max(tl.load(p_partial_max + o_part, mask=o_split < num_splits, other=float("-inf")), 0)
+    b_ref = tl.where(b_max == float("-inf"), 0.0, b_max)
 
     o_dv = tl.arange(0, BLOCK_DV)
     m_dv = o_dv < Dv
     b_o = tl.zeros([BLOCK_DV], dtype=tl.float32)
+    b_sum = 0.0
     for i_first in tl.range(0, num_splits, CHUNK):
         o_chunk = i_first + tl.arange(0, CHUNK)
+        m_chunk = o_chunk < num_splits
         o_part = o_chunk.to(tl.int64) * num_rows + i_row
-        b_chunk_lse = tl.load(p_partial_lse + o_part, mask=o_chunk < num_splits, other=float("-inf"))
-        b_weight = tl.exp2(b_chunk_lse - b_ref)
-        m_part = (o_chunk < num_splits)[:, None] & m_dv[None, :]
+        b_part_max = tl.load(p_partial_max + o_part, mask=m_chunk, other=float("-inf"))
+        b_decay = tl.exp2((b_part_max - b_ref) * to_log2)
+        b_sum += tl.sum(tl.load(p_partial_sum + o_part, mask=m_chunk, other=0.0) * b_decay, 0)
         # [CHUNK, BLOCK_DV]
+        m_part = m_chunk[:, None] & m_dv[None, :]
         b_part = tl.load(p_partial + o_part[:, None] * Dv + o_dv[None, :], mask=m_part, other=0.0)
-        b_o += tl.sum(b_part * b_weight[:, None], 0)
-    b_o = b_o / tl.where(b_sum == 0, 1.0, b_sum)
+        b_o += tl.sum(b_part * b_decay[:, None], 0)
+
+    o_one = tl.zeros([1], dtype=tl.int64)
+    b_sink = softmax.load_sinks(p_sinks, i_head + o_one, o_one == 0)
+    b_one_max = tl.zeros([1], dtype=tl.float32) + b_max
+    b_one_sum = tl.zeros([1], dtype=tl.float32) + b_sum
+    b_out, b_lse = softmax.finish(b_o[None, :], b_one_max, b_one_sum, b_sink, to_natural)
     p_o = p_output + i_b * stride_output[0] + i_head * stride_output[1] + i_token * stride_output[2]
-    tl.store(p_o + o_dv, b_o.to(p_output.dtype.element_ty), mask=m_dv)
+    tl.store(p_o + o_dv[None, :], b_out.to(p_output.dtype.element_ty), mask=m_dv[None, :])
     if p_lse is not None:
-        tl.store(p_lse + i_row, softmax.to_natural_log(b_ref + tl.log2(b_sum)))
+        tl.store(p_lse + i_row + o_one, b_lse)
 
 
 def decode_attention(
@@ -202,8 +211,10 @@ def decode_attention(
     num_rows = batch * num_query_heads * query_len
     scores = softmax.score_scale(scale, softcap)
     is_split = num_splits > 1
-    partial = query.new_empty((num_splits, num_rows, value_dim), dtype=torch.float32) if is_split else None
-    partial_lse = query.new_empty((num_splits, num_rows), dtype=torch.float32) if is_split else None
+    partial = partial_max = partial_sum = None
+    if is_split:
+        partial = query.new_empty((num_splits, num_rows, value_dim), dtype=torch.float32)
+        partial_max, partial_sum = query.new_empty((2, num_splits, num_rows), dtype=torch.float32).unbind()
     _decode_kernel[(batch * num_kv_heads * num_row_tiles * num_splits,)](
         query,
         key,
@@ -211,7 +222,8 @@ def decode_attention(
         output,
         lse,
         partial,
-        partial_lse,
+        partial_max,
+        partial_sum,
         kv_range,
         sinks,
         query.stride()[:3],
@@ -226,6 +238,7 @@ def decode_attention(
         scores.before_cap,
         scores.softcap,
         scores.to_log2,
+        scores.to_natural,
         window,
         num_splits,
         num_row_tiles,
@@ -251,9 +264,12 @@ def decode_attention(
             output,
             lse,
             partial,
-            partial_lse,
+            partial_max,
+            partial_sum,
             sinks,
             output.stride()[:3],
+            scores.to_log2,
+            scores.to_natural,
             num_query_heads,
             query_len,
             num_splits,

@@ -77,6 +77,7 @@ def _prefill_kernel(
     before_cap,
     softcap,
     to_log2,
+    to_natural,
     window,
     D: tl.constexpr,
     Dv: tl.constexpr,
@@ -152,12 +153,12 @@ def _prefill_kernel(
     )  # fmt: skip
 
     b_sink = softmax.load_sinks(p_sinks, i_h + tl.zeros([BLOCK_M], dtype=tl.int32), m_row)
-    b_o, b_lse = softmax.finish(b_o, b_max, b_sum, b_sink, to_log2)
+    b_o, b_lse = softmax.finish(b_o, b_max, b_sum, b_sink, to_natural)
     p_o = p_output + i_b * stride_output[0] + i_q_head * stride_output[1]
     p_o = p_o + o_row.to(tl.int64)[:, None] * stride_output[2] + o_dv[None, :]
     tl.store(p_o, b_o.to(p_output.dtype.element_ty), mask=m_row[:, None] & m_dv[None, :])
     if p_lse is not None:
-        tl.store(p_lse + (i_b * Hq + i_h) * Q + o_row, softmax.to_natural_log(b_lse), mask=m_row)
+        tl.store(p_lse + (i_b * Hq + i_h) * Q + o_row, b_lse, mask=m_row)
 
 
 def prefill_attention(
@@ -201,6 +202,7 @@ def prefill_attention(
         scores.before_cap,
         scores.softcap,
         scores.to_log2,
+        scores.to_natural,
         window,
         D=head_dim,
         Dv=value_dim,

@@ -6,9 +6,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-LOG2E = math.log2(math.e)
-_LN2 = tl.constexpr(math.log(2))
-_LOG2E = tl.constexpr(LOG2E)
+_LOG2E = tl.constexpr(math.log2(math.e))
 
 
 @dataclass(frozen=True)
@@ -16,13 +14,18 @@ class ScoreScale:
     """How products of query and key become log2 weights, as the numbers a kernel takes.
 
     query_sign (-1, 0 or 1) is multiplied into the query, so that to_log2 is positive and the running maximum can be
-    kept unscaled. With a softcap, products become `softcap * tanh(product * before_cap)`.
+    kept unscaled. With a softcap, products become `softcap * tanh(product * before_cap)`. What comes out is a score
+    in units of to_natural, the factor to the exponent of e; to_log2 is the factor to the exponent of 2.
     """
 
     query_sign: int
     before_cap: float
     softcap: float
-    to_log2: float
+    to_natural: float
+
+    @property
+    def to_log2(self) -> float:
+        return self.to_natural * math.log2(math.e)
 
 
 def score_scale(scale: float, softcap: float) -> ScoreScale:
@@ -30,14 +33,14 @@ def score_scale(scale: float, softcap: float) -> ScoreScale:
 
     Example:
         >>> score_scale(scale=-0.5, softcap=0.0)
-        ScoreScale(query_sign=-1, before_cap=0.0, softcap=0.0, to_log2=0.7213475204444817)
+        ScoreScale(query_sign=-1, before_cap=0.0, softcap=0.0, to_natural=0.5)
     """
     # In float32 a smaller factor would flush to 0 and a larger one overflow: 0 * inf is NaN.
     query_sign = 0 if abs(scale) < 2.0**-120 else 1 if scale > 0 else -1
     magnitude = 1.0 if query_sign == 0 else min(abs(scale), 2.0**120)
     if softcap > 0:
-        return ScoreScale(query_sign, before_cap=magnitude / softcap, softcap=softcap, to_log2=LOG2E)
-    return ScoreScale(query_sign, before_cap=0.0, softcap=0.0, to_log2=magnitude * LOG2E)
+        return ScoreScale(query_sign, before_cap=magnitude / softcap, softcap=softcap, to_natural=1.0)
+    return ScoreScale(query_sign, before_cap=0.0, softcap=0.0, to_natural=magnitude)
 
 
 @triton.jit
@@ -86,30 +89,25 @@ def update(b_s, b_o, b_max, b_sum, to_log2):
 
 
 @triton.jit
-def finish(b_o, b_max, b_sum, b_sink, to_log2):
-    """The normalised output and the log2 of the denominator, b_sink (log2 domain, -inf for none) included."""
-    b_max = b_max * to_log2
+def finish(b_o, b_max, b_sum, b_sink, to_natural):
+    """The normalised output and the natural log of the denominator, b_sink (-inf for none) included."""
+    b_max = b_max * to_natural
     b_all_max = tl.maximum(b_max, b_sink)
     b_ref = _finite(b_all_max)
-    b_decay = tl.exp2(b_max - b_ref)
-    b_total = b_sum * b_decay + tl.exp2(b_sink - b_ref)
-    b_o = b_o * (b_decay / tl.where(b_total == 0, 1.0, b_total))[:, None]
-    return b_o, b_ref + tl.log2(b_total)
+    b_decay = tl.exp(b_max - b_ref)
+    b_total = b_sum * b_decay + tl.exp(b_sink - b_ref)
+    b_o = b_o * tl.div_rn(b_decay, tl.where(b_total == 0, 1.0, b_total))[:, None]
+    return b_o, b_ref + tl.log(b_total)
 
 
 @triton.jit
 def load_sinks(p_sinks, o_head, m_head):
-    """Sinks of the given heads in the log2 domain; -inf where there are none."""
+    """Sinks of the given heads in float32; -inf where there are none."""
     if p_sinks is None:
         b_sink = tl.full(o_head.shape, float("-inf"), tl.float32)
     else:
-        b_sink = tl.load(p_sinks + o_head, mask=m_head, other=0.0).to(tl.float32) * _LOG2E
+        b_sink = tl.load(p_sinks + o_head, mask=m_head, other=0.0).to(tl.float32)
     return b_sink
-
-
-@triton.jit
-def to_natural_log(b_log2):
-    return b_log2 * _LN2
 
 
 @triton.jit

@@ -5,6 +5,11 @@ Importing this package registers `torch.ops.flashcore`.
 
 from flashcore_ops.errors import FlashCoreError
 from flashcore_ops.functional import append_kv_, attention, attention_with_lse
+from flashcore_ops.integrations.transformers import (
+    is_patched,
+    replace_llama_attention_with_flashcore,
+    restore_attention,
+)
 from flashcore_ops.kv_cache import attention_with_kv_cache
 
 __version__ = "0.1.0"
@@ -15,4 +20,7 @@ __all__ = [
     "attention",
     "attention_with_kv_cache",
     "attention_with_lse",
+    "is_patched",
+    "replace_llama_attention_with_flashcore",
+    "restore_attention",
 ]

@@ -12,15 +12,14 @@ from tests.problems import DTYPES, Problem, assert_as_accurate_as_pytorch, make_
 def check(problem: Problem, num_splits: int = 0) -> None:
     output, lse = attention_with_lse(*problem.arguments(), num_splits=num_splits)
     assert_as_accurate_as_pytorch(output, lse, problem)
-    output = attention(*problem.arguments(), num_splits=num_splits)
-    assert_as_accurate_as_pytorch(output, None, problem)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("query_len", [1, 3, 16, 17, 130])
+@pytest.mark.parametrize("query_len", [1, 16, 130])
 @pytest.mark.parametrize("head_dim", [16, 24, 64, 80, 96, 112, 128, 160, 192, 256])
 def test_head_dims(device, dtype, query_len, head_dim):
-    check(make_problem(query_len=query_len, kv_len=203, head_dim=head_dim, dtype=dtype, device=device))
+    problem = make_problem(query_len=query_len, kv_len=203, head_dim=head_dim, dtype=dtype, device=device)
+    assert_as_accurate_as_pytorch(attention(*problem.arguments()), None, problem)
 
 
 @pytest.mark.parametrize(("num_query_heads", "num_kv_heads"), [(1, 1), (4, 4), (8, 1), (7, 1), (14, 2), (9, 3)])

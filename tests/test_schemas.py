@@ -16,12 +16,36 @@ OPS = ("attention", "attention_with_lse", "append_kv_")
 class TestSchemas(TestCase):
     def test_schemas(self):
         schemas = "\n".join(str(getattr(torch.ops.flashcore, name).default._schema) for name in OPS)
+        schemas = schemas.replace(", ", ",\n  ")
         self.assertExpectedInline(
             schemas,
             """\
-flashcore::attention(Tensor query, Tensor key, Tensor value, Tensor? kv_range=None, float? scale=None, bool is_causal=True, int window=0, float softcap=0., Tensor? sinks=None, int num_splits=0) -> Tensor
-flashcore::attention_with_lse(Tensor query, Tensor key, Tensor value, Tensor? kv_range=None, float? scale=None, bool is_causal=True, int window=0, float softcap=0., Tensor? sinks=None, int num_splits=0) -> (Tensor, Tensor)
-flashcore::append_kv_(Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor key, Tensor value, Tensor positions) -> ()""",
+flashcore::attention(Tensor query,
+  Tensor key,
+  Tensor value,
+  Tensor? kv_range=None,
+  float? scale=None,
+  bool is_causal=True,
+  int window=0,
+  float softcap=0.,
+  Tensor? sinks=None,
+  int num_splits=0) -> Tensor
+flashcore::attention_with_lse(Tensor query,
+  Tensor key,
+  Tensor value,
+  Tensor? kv_range=None,
+  float? scale=None,
+  bool is_causal=True,
+  int window=0,
+  float softcap=0.,
+  Tensor? sinks=None,
+  int num_splits=0) -> (Tensor,
+  Tensor)
+flashcore::append_kv_(Tensor(a!) key_cache,
+  Tensor(b!) value_cache,
+  Tensor key,
+  Tensor value,
+  Tensor positions) -> ()""",
         )
 
     def test_public_names(self):
@@ -32,7 +56,10 @@ FlashCoreError
 append_kv_
 attention
 attention_with_kv_cache
-attention_with_lse""",
+attention_with_lse
+is_patched
+replace_llama_attention_with_flashcore
+restore_attention""",
         )
 
 

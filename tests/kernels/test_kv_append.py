@@ -7,10 +7,10 @@ import torch
 
 from csrc_free_kernels import kv_append
 from flashcore_ops import reference
-from tests.problems import DTYPES
+from tests.kernels.conftest import KERNEL_DTYPES
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 @pytest.mark.parametrize("num_tokens", [1, 3])
 @pytest.mark.parametrize("positions_dtype", [torch.int32, torch.int64])
 def test_equals_reference(kernel_device, dtype, num_tokens, positions_dtype):

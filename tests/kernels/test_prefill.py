@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 
 from csrc_free_kernels.tuning import Tiles
+from tests.kernels.conftest import KERNEL_DTYPES
 from tests.kernels.launches import check_prefill
-from tests.problems import DTYPES, make_problem
+from tests.problems import make_problem
 
-pytestmark = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+pytestmark = pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 
 TILES = Tiles(block_m=32, block_n=32, num_warps=4, num_stages=2)
 

@@ -1,0 +1,104 @@
+"""The `flashcore` command: arguments, errors and exit status. The work is done in flashcore_ops/commands.
+
+Exit status: 0 all went well, 1 a comparison found a difference, 2 the request cannot be served.
+Results go to stdout; status, figures, warnings and errors go to stderr.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+
+from flashcore_ops.errors import FlashCoreError
+
+app = typer.Typer(
+    help="FlashCore: inference attention for LLaMA-family models.",
+    no_args_is_help=True,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def main() -> None:
+    """Keeps `flashcore COMMAND` the form of every call."""
+
+
+@app.command()
+def generate(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="A local model directory or a Hugging Face hub id. Left out: SmolLM2-135M-Instruct.",
+            show_default=False,
+        ),
+    ] = None,
+    prompt: Annotated[
+        str, typer.Option("--prompt", "-p", help="Text to continue, as it is (no chat template).")
+    ] = "Once upon a time",
+    max_new_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy; above 0 samples.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    dtype: Annotated[
+        str,
+        typer.Option(help="auto, float32, bfloat16 or float16. auto: bfloat16 on a GPU, float32 on the CPU."),
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    compare: Annotated[
+        bool,
+        typer.Option("--compare", help="Run Hugging Face's sdpa too and report the first differing token."),
+    ] = False,
+) -> None:
+    """Continue a prompt with a patched Hugging Face model, streaming the text."""
+    with plain_errors():
+        from flashcore_ops.commands.generate import GenerateRequest, run_generate
+
+        request = GenerateRequest(
+            model=model,
+            prompt=prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            dtype=dtype,
+            device=device,
+            compare=compare,
+        )
+        agrees = run_generate(request)
+    if not agrees:
+        raise typer.Exit(code=1)
+
+
+@app.command()
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the same as JSON.")] = False,
+) -> None:
+    """Show versions, GPUs, and which kernels would run and why."""
+    with plain_errors():
+        from rich.console import Console
+
+        from flashcore_ops.commands.info import collect_info, render_info, to_json
+
+        found = collect_info()
+        if as_json:
+            print(to_json(found))
+        else:
+            Console().print(render_info(found))
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Turns errors raised on purpose into one line on stderr and exit status 2."""
+    try:
+        yield
+    except FlashCoreError as error:
+        from rich.text import Text
+
+        from flashcore_ops.commands.console import stderr_console
+
+        line = " ".join(str(error).split())
+        stderr_console().print(Text.assemble(("error: ", "bold red"), line))
+        raise typer.Exit(code=2) from None

@@ -1,0 +1,239 @@
+"""`flashcore info`: versions, GPUs, and which kernels would run and why."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+import torch
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+import flashcore_ops
+
+if TYPE_CHECKING:
+    from csrc_free_kernels.tuning import Tiles
+
+GIB = 2**30
+# The shape that the tiles are shown for; every other shape has its own.
+SHOWN_DTYPE = torch.bfloat16
+SHOWN_HEAD_DIM = 128
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU that torch sees."""
+
+    name: str
+    architecture: str
+    memory_gib: float
+    num_sms: int
+
+
+@dataclass(frozen=True)
+class Versions:
+    """Version strings; None where there is no such thing on this machine."""
+
+    flashcore: str
+    python: str
+    torch: str
+    triton: str | None
+    transformers: str | None
+    gpu_runtime: str | None
+    gpu_driver: str | None
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What serves one operation for tensors on one device, and why."""
+
+    tensors_on: str
+    operation: str
+    kernel: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Info:
+    """All that `flashcore info` shows."""
+
+    versions: Versions
+    gpus: tuple[Gpu, ...]
+    kernels: tuple[Kernel, ...]
+
+
+def collect_info() -> Info:
+    """Looks at this machine.
+
+    Example:
+        >>> collect_info().kernels[-1].tensors_on
+        'cpu'
+    """
+    versions = collect_versions()
+    gpus = collect_gpus()
+    return Info(versions=versions, gpus=gpus, kernels=choose_kernels(versions, gpus))
+
+
+def collect_versions() -> Versions:
+    """Versions of what FlashCore stands on."""
+    return Versions(
+        flashcore=flashcore_ops.__version__,
+        python=platform.python_version(),
+        torch=torch.__version__,
+        triton=package_version("triton"),
+        transformers=package_version("transformers"),
+        gpu_runtime=gpu_runtime(),
+        gpu_driver=gpu_driver_version(),
+    )
+
+
+def package_version(name: str) -> str | None:
+    """The installed version of a package, found without importing it, or None."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def gpu_runtime() -> str | None:
+    """The GPU runtime that torch is built for, or None."""
+    if torch.version.cuda is not None:
+        return f"CUDA {torch.version.cuda}"
+    return f"ROCm {torch.version.hip}" if torch.version.hip is not None else None
+
+
+def gpu_driver_version() -> str | None:
+    """The NVIDIA driver's version, which torch cannot tell, or None where nvidia-smi does not answer."""
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return None
+    query = [command, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return next(iter(answer.stdout.split()), None)
+
+
+def collect_gpus() -> tuple[Gpu, ...]:
+    """The GPUs that torch sees, in torch's order."""
+    if not torch.cuda.is_available():
+        return ()
+    return tuple(describe_gpu(torch.device("cuda", index)) for index in range(torch.cuda.device_count()))
+
+
+def describe_gpu(device: torch.device) -> Gpu:
+    """What torch knows of one GPU. The architecture is found without tuning.py, which needs triton."""
+    properties = torch.cuda.get_device_properties(device)
+    architecture = f"sm_{properties.major}{properties.minor}"
+    if torch.version.hip is not None:
+        architecture = properties.gcnArchName.split(":")[0]
+    return Gpu(
+        name=properties.name,
+        architecture=architecture,
+        memory_gib=round(properties.total_memory / GIB, 1),
+        num_sms=properties.multi_processor_count,
+    )
+
+
+def choose_kernels(versions: Versions, gpus: tuple[Gpu, ...]) -> tuple[Kernel, ...]:
+    """The kernels that would serve each architecture's GPUs, then the CPU."""
+    indices: dict[str, list[str]] = {}
+    for index, gpu in enumerate(gpus):
+        indices.setdefault(gpu.architecture, []).append(str(index))
+    kernels: list[Kernel] = []
+    for architecture, numbers in indices.items():
+        name = f"cuda:{','.join(numbers)}"
+        kernels += gpu_kernels(name, architecture, has_triton=versions.triton is not None)
+    return (*kernels, cpu_kernel(versions, gpus))
+
+
+def gpu_kernels(name: str, architecture: str, *, has_triton: bool) -> list[Kernel]:
+    """The Triton kernels of one architecture with the tiles of the shown shape, or that there are none."""
+    if not has_triton:
+        return [Kernel(name, "all", "none: every call raises", "triton is not installed")]
+    from csrc_free_kernels import tuning
+
+    shape = (architecture, SHOWN_DTYPE, SHOWN_HEAD_DIM)
+    prefill = describe_tiles(tuning.prefill_tiles(*shape))
+    decode = describe_tiles(tuning.decode_tiles(*shape, num_rows=1))
+    tokens = tuning.MAX_DECODE_TOKENS
+    return [
+        Kernel(name, "prefill", "Triton tiled", f"over {tokens} query tokens; {architecture}: {prefill}"),
+        Kernel(name, "decode", "Triton split-KV", f"up to {tokens} query tokens; {architecture}: {decode}"),
+        Kernel(name, "append", "Triton append", "new tokens into a static cache"),
+    ]
+
+
+def describe_tiles(tiles: Tiles) -> str:
+    """A kernel's tiles in words: query rows by KV slots, warps a program, loads in flight."""
+    return f"{tiles.block_m}x{tiles.block_n} tiles, {tiles.num_warps} warps, {tiles.num_stages} stages"
+
+
+def cpu_kernel(versions: Versions, gpus: tuple[Gpu, ...]) -> Kernel:
+    """The CPU's kernels, which need nothing but torch."""
+    if gpus:
+        reason = "only for tensors that are on the CPU"
+    elif versions.gpu_runtime is None:
+        reason = "this torch is built without GPU support"
+    else:
+        reason = "torch sees no GPU"
+    return Kernel("cpu", "all", "CPU (torch SDPA)", reason)
+
+
+def render_info(info: Info) -> RenderableType:
+    """The facts as three short tables, for a terminal or a pipe."""
+    return Group(
+        Text("Versions", style="bold"),
+        table(version_rows(info.versions)),
+        Text("\nGPUs", style="bold"),
+        table(gpu_rows(info.gpus)),
+        Text("\nKernels", style="bold"),
+        table([(row.tensors_on, row.operation, row.kernel, row.reason) for row in info.kernels]),
+        *tiles_note(info),
+    )
+
+
+def version_rows(versions: Versions) -> list[tuple[str, str]]:
+    """Each version with its label."""
+    labels = {name: name.replace("gpu_", "GPU ") for name in asdict(versions)}
+    return [(labels[name], text or "none") for name, text in asdict(versions).items()]
+
+
+def gpu_rows(gpus: tuple[Gpu, ...]) -> list[tuple[str, ...]]:
+    """One row a GPU, or one that says there is none."""
+    if not gpus:
+        return [("none",)]
+    return [
+        (f"cuda:{index}", gpu.name, gpu.architecture, f"{gpu.memory_gib:.1f} GiB", f"{gpu.num_sms} SMs")
+        for index, gpu in enumerate(gpus)
+    ]
+
+
+def tiles_note(info: Info) -> list[Text]:
+    """Says which shape the tiles belong to, where any are shown."""
+    if not info.gpus or info.versions.triton is None:
+        return []
+    note = f"  Tiles (query rows x KV slots) are those of bfloat16 at head dim {SHOWN_HEAD_DIM}."
+    return [Text(note, style="dim")]
+
+
+def table(rows: Sequence[tuple[str, ...]]) -> Table:
+    """Rows of plain text in aligned columns, set in by two."""
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column()
+    for row in rows:
+        grid.add_row("", *row)
+    return grid
+
+
+def to_json(info: Info) -> str:
+    """The same facts as indented JSON, one object with `versions`, `gpus` and `kernels`."""
+    return json.dumps(asdict(info), indent=2)

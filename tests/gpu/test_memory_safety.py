@@ -1,0 +1,54 @@
+"""compute-sanitizer over hostile kv_range and positions: no kernel may touch memory outside its tensors."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not on the PATH"),
+]
+
+HOSTILE_CALLS = """
+import torch
+from flashcore_ops import append_kv_, attention_with_lse
+
+INT32, INT64 = torch.iinfo(torch.int32), torch.iinfo(torch.int64)
+hostile = [(-7, 5), (3, 2000), (2000, 3000), (INT32.min, INT32.max), (INT32.max, INT32.min), (40, 41)]
+kv_range = torch.tensor(hostile, dtype=torch.int32, device="cuda")
+batch = len(hostile)
+for head_dim in (24, 64):
+    for query_len in (1, 3, 20, 150):
+        for window in (0, 5):
+            query = torch.randn(batch, 6, query_len, head_dim, device="cuda", dtype=torch.float16)
+            key, value = (torch.randn(batch, 2, 41, head_dim, device="cuda", dtype=torch.float16) for _ in "kv")
+            for num_splits in (0, 1):
+                attention_with_lse(query, key, value, kv_range, window=window, num_splits=num_splits)
+key_cache, value_cache = (torch.zeros(6, 2, 41, 24, device="cuda") for _ in "kv")
+key, value = torch.randn(2, 6, 2, 3, 24, device="cuda").unbind()
+positions = torch.tensor([-2, 40, 41, -100, INT64.max, INT64.min], device="cuda")
+append_kv_(key_cache, value_cache, key, value.clone(), positions)
+torch.cuda.synchronize()
+print("all calls ran")
+"""
+
+
+def test_no_access_out_of_bounds():
+    finished = subprocess.run(
+        ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-c", HOSTILE_CALLS],
+        # Without torch's caching every tensor is an allocation of its own, whose bounds the tool knows.
+        env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        cwd=Path(__file__).parent.parent.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-2000:]
+    assert "all calls ran" in finished.stdout
+    assert "ERROR SUMMARY: 0 errors" in finished.stdout
