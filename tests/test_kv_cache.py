@@ -80,8 +80,8 @@ def test_bad_input():
         attention_with_kv_cache(query, key, value, num_query_heads=4)
     with pytest.raises(ShapeError, match=r"^query: expected \[B, T, H\*D\] with H = 4 heads, got \[2, 4, 2, 32\]\."):
         attention_with_kv_cache(query, key, value, num_query_heads=4, num_kv_heads=2)
+    merged = merge_heads(query), merge_heads(key), merge_heads(value)
     with pytest.raises(ShapeError, match=r"^key: expected \[B, T, H\*D\] with H = 3 heads"):
-        merged = merge_heads(query), merge_heads(key), merge_heads(value)
         attention_with_kv_cache(*merged, num_query_heads=4, num_kv_heads=3)
     with pytest.raises(ShapeError, match=r"^past_key_value\[0\]: expected the batch, heads and head dim"):
         attention_with_kv_cache(query, key, value, (key[:1], value[:1]))

@@ -1,0 +1,117 @@
+"""The attention function `fcore`, as Hugging Face's AttentionInterface calls it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flashcore_ops.errors import MaskError, OptionError, UnsupportedModelError
+from flashcore_ops.integrations.dense import dense_attention
+
+_UNSERVED_FEATURES = ("softcap", "s_aux", "position_bias")
+
+
+def fcore_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one layer, through `torch.ops.flashcore.attention` or, under a dense mask, the dense path.
+
+    Args:
+        module: the layer that asks.
+        query: `[B, Hq, Q, D]`, float16, bfloat16 or float32.
+        key, value: `[B, Hkv, S, D]`, past and new tokens; a static cache's whole buffer.
+        attention_mask: what `create_fcore_mask` returned (None, int32 `[B, 1, 1, 2]` or uint8), or a user's
+            own 4-D mask.
+        dropout: must be 0.
+        scaling: factor on the scores, None for `D ** -0.5`.
+        sliding_window: in tokens, None for none.
+        is_causal: overrides the layer's own; must not be False unless attention_mask is dense.
+
+    Returns:
+        `[B, Q, Hq, D]`, and None in the place of attention weights.
+
+    Raises:
+        OptionError: dropout, attention weights or bidirectional attention are asked for.
+        MaskError: attention_mask is malformed, or packed sequences are given by cu_seq_lens alone.
+        UnsupportedModelError: the layer has a feature that is not served.
+        FlashCoreError: what `torch.ops.flashcore.attention` raises.
+
+    Source: transformers.integrations.sdpa_attention, whose arguments these are.
+
+    Example:
+        >>> import flashcore_ops
+        >>> query, key = torch.ones(1, 4, 3, 16), torch.ones(1, 2, 3, 16)
+        >>> output, weights = fcore_attention(nn.Module(), query, key, key, None)
+        >>> tuple(output.shape), weights
+        ((1, 3, 4, 16), None)
+    """
+    _check_options(dropout, kwargs)
+    if attention_mask is not None and not isinstance(attention_mask, Tensor):
+        raise _mask_error(f"a {type(attention_mask).__name__}")
+    if attention_mask is not None and attention_mask.dtype != torch.int32:
+        return dense_attention(module, query, key, value, attention_mask, scaling)
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        raise OptionError.explain(
+            "is_causal",
+            expected="True",
+            got="False",
+            fix="Set is_causal=False in the model's config before it is built, or pass a 4-D attention mask.",
+        )
+    if kwargs.get("cu_seq_lens_q") is not None:
+        raise MaskError.explain(
+            "cu_seq_lens_q",
+            expected="packed sequences given by position_ids that restart, without attention_mask and cache",
+            got="cu_seq_lens_q alone",
+            fix="Pass such position_ids, or a 4-D attention mask.",
+        )
+    if attention_mask is not None and attention_mask.shape != (query.shape[0], 1, 1, 2):
+        raise _mask_error(f"int32 {list(attention_mask.shape)}")
+    kv_range = None if attention_mask is None else attention_mask[:, 0, 0]
+    window = 0 if sliding_window is None else sliding_window
+    output = torch.ops.flashcore.attention(query, key, value, kv_range, scaling, True, window)
+    return output.transpose(1, 2), None
+
+
+def _check_options(dropout: float, kwargs: dict[str, Any]) -> None:
+    if dropout > 0:
+        raise OptionError.explain(
+            "attention_dropout",
+            expected="0, since FlashCore is for inference",
+            got=f"{dropout} in training mode",
+            fix="Call model.eval(), or set config.attention_dropout to 0.",
+        )
+    if kwargs.get("output_attentions"):
+        raise OptionError.explain(
+            "output_attentions",
+            expected="False, since no attention weights are kept",
+            got="True",
+            fix='Call restore_attention(model) and model.set_attn_implementation("eager").',
+        )
+    for name in _UNSERVED_FEATURES:
+        if kwargs.get(name) is not None:
+            raise UnsupportedModelError.explain(
+                name,
+                expected="None",
+                got="a layer that uses it",
+                fix="Patch only models that replace_llama_attention_with_flashcore accepts.",
+            )
+
+
+def _mask_error(got: str) -> MaskError:
+    return MaskError.explain(
+        "attention_mask",
+        expected="a 2-D padding mask, a 4-D mask of bool or float, or int32 [B, 1, 1, 2] of (start, end)",
+        got=got,
+        fix="Pass what the tokenizer returns.",
+    )

@@ -1,0 +1,196 @@
+"""Hugging Face attention masks as FlashCore reads them.
+
+A causal mask, windowed or not, with padding on the left only, travels as int32 `[B, 1, 1, 2]`: the (start, end)
+of each row's `kv_range`. transformers hands 4-D masks on untouched, so this channel reaches the attention
+function through the model, `generate` and accelerate's hooks alike. Any other mask travels as uint8
+`[B, 1, Q, S]` and takes the dense path; a user's own 4-D mask is bool or float, so uint8 is known to be ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.masking_utils import (
+    causal_mask_function,
+    prepare_padding_mask,
+    sliding_window_causal_mask_function,
+)
+from transformers.utils.import_utils import is_tracing
+
+from flashcore_ops.errors import MaskError
+from flashcore_ops.integrations.dense import create_dense_mask
+
+MaskFunction = Callable[..., Tensor]
+
+NOT_LEFT_PADDING = "the attention mask has right padding or holes"
+NOT_CAUSAL = "the mask is not plainly causal (packed sequences, a custom mask function, bidirectional attention)"
+_FIX = "Only causal masks with padding on the left can be served here: run this batch without torch.compile."
+
+# Shape of the last mask that was found left-padded, by the identity of its model's config and the window.
+_left_padded: dict[tuple[int, int | None], tuple[int, int]] = {}
+
+
+def create_fcore_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: MaskFunction = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    config: PreTrainedConfig | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask function of `fcore`; transformers calls it once a forward pass for each kind of layer.
+
+    Args:
+        batch_size, q_length, kv_length: B, Q and S of the attention to come.
+        q_offset: position of the first query token; an int64 scalar on the device for a static cache.
+        kv_offset: position of slot 0; above 0 once a sliding-window cache has dropped tokens.
+        mask_function: whether a query position may see a key position.
+        attention_mask: bool `[B, L]` over positions from 0, True for tokens and False for padding.
+        local_size: the sliding window in tokens, None for none.
+        config: the config of the model that asks.
+        use_vmap: whether mask_function has a user's own parts.
+        device: where the result lives.
+
+    Returns:
+        None if causality and window alone hide slots, else the int32 channel or the dense path's mask.
+
+    Raises:
+        MaskError: attention_mask is not `[B, L]`.
+
+    Source: transformers.masking_utils.sdpa_mask, whose arguments these are.
+
+    Example:
+        >>> mask = torch.tensor([[True, True, True], [False, True, True]])
+        >>> create_fcore_mask(batch_size=2, q_length=3, kv_length=8, attention_mask=mask)[:, 0, 0].tolist()
+        [[0, 3], [1, 3]]
+    """
+    place: dict[str, Any] = {
+        "batch_size": batch_size,
+        "q_length": q_length,
+        "kv_length": kv_length,
+        "q_offset": q_offset,
+        "kv_offset": kv_offset,
+        "device": device,
+    }
+    content = {"mask_function": mask_function, "attention_mask": attention_mask, "use_vmap": use_vmap}
+    plain = causal_mask_function if local_size is None else sliding_window_causal_mask_function(local_size)
+    is_traced = is_tracing(attention_mask)
+    if use_vmap or not (is_traced or _is_same_function(mask_function, plain)):
+        return create_dense_mask(NOT_CAUSAL, **place, **content)
+    if is_traced and mask_function is not causal_mask_function:
+        _assert_same_mask(mask_function, plain, **place)
+
+    # The sum is a new tensor: a static cache's q_offset is its live counter.
+    end = q_offset + q_length - kv_offset
+    fills_slots = not isinstance(end, Tensor) and end == kv_length
+    if attention_mask is None:
+        return None if fills_slots else _pack(torch.zeros(batch_size, dtype=torch.int64, device=device), end)
+
+    _check_padding_mask(attention_mask, batch_size)
+    padding_mask = prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    start, is_left_padded = _left_padding(padding_mask[:, kv_offset : kv_offset + kv_length], end)
+    if is_traced:
+        torch._assert_async(is_left_padded, f"flashcore: {NOT_LEFT_PADDING}. {_FIX}")
+        return _pack(start, end)
+    if not _is_left_padded(is_left_padded, attention_mask, q_length, key=(id(config), local_size)):
+        return create_dense_mask(NOT_LEFT_PADDING, **place, **content)
+    if fills_slots and not _reading_waits(start) and not start.any():
+        return None
+    return _pack(start, end)
+
+
+def _is_same_function(function: Any, other: Any) -> bool:
+    """Whether two mask functions are one, or closures of the same code over the same values."""
+    if isinstance(function, tuple) and isinstance(other, tuple):
+        return len(function) == len(other) and all(map(_is_same_function, function, other))
+    if callable(function) and callable(other):
+        code = getattr(function, "__code__", None)
+        return function is other or (
+            code is not None
+            and code is getattr(other, "__code__", None)
+            and _is_same_function(_closed_over(function), _closed_over(other))
+        )
+    return isinstance(function, int) and isinstance(other, int) and function == other
+
+
+def _closed_over(function: Any) -> tuple[Any, ...]:
+    return tuple(cell.cell_contents for cell in function.__closure__ or ())
+
+
+def _assert_same_mask(
+    mask_function: MaskFunction,
+    plain: MaskFunction,
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor,
+    kv_offset: int,
+    device: torch.device | str,
+) -> None:
+    """Has the device raise unless two masks agree everywhere: closures cannot be compared while tracing.
+
+    Without a cache, transformers adds its packed-sequence mask to every traced call, packed or not.
+    """
+    indices = (
+        torch.arange(batch_size, device=device)[:, None, None, None],
+        torch.zeros((1, 1, 1, 1), dtype=torch.int64, device=device),
+        torch.arange(q_length, device=device)[None, None, :, None] + q_offset,
+        torch.arange(kv_length, device=device)[None, None, None, :] + kv_offset,
+    )
+    is_same = (mask_function(*indices) == plain(*indices)).all()
+    torch._assert_async(is_same, f"flashcore: {NOT_CAUSAL}. {_FIX}")
+
+
+def _check_padding_mask(attention_mask: Tensor, batch_size: int) -> None:
+    if attention_mask.dim() != 2 or attention_mask.shape[0] != batch_size:
+        raise MaskError.explain(
+            "attention_mask",
+            expected=f"[B, L] with B = {batch_size}, or a 4-D mask",
+            got=f"{list(attention_mask.shape)}",
+            fix="Pass what the tokenizer returns, one row for each sequence of the batch.",
+        )
+
+
+def _left_padding(padding_mask: Tensor, end: int | Tensor) -> tuple[Tensor, Tensor]:
+    """First slot `[B]` of each row's tokens, and whether all slots before `end` are padding first, then tokens."""
+    slots = torch.arange(padding_mask.shape[1], device=padding_mask.device)
+    tokens = padding_mask & (slots < end)
+    start = end - tokens.sum(dim=-1)
+    return start, (tokens == ((slots >= start[:, None]) & (slots < end))).all()
+
+
+def _is_left_padded(is_left_padded: Tensor, attention_mask: Tensor, q_length: int, key: tuple[int, int | None]) -> bool:
+    """Reads the flag, except at the decode steps that follow a left-padded mask, where reading it has a price.
+
+    By its shape such a step goes on with the same batch, and is left-padded too. Should it be another batch with
+    another mask, the device raises.
+    """
+    batch_size, width = attention_mask.shape
+    is_successor = _left_padded.get(key) in ((batch_size, width), (batch_size, width - 1))
+    if q_length == 1 and is_successor and _reading_waits(attention_mask):
+        torch._assert_async(is_left_padded, f"flashcore: {NOT_LEFT_PADDING}, which its prefill had not.")
+    elif not is_left_padded:
+        _left_padded.pop(key, None)
+        return False
+    _left_padded[key] = (batch_size, width)
+    return True
+
+
+def _reading_waits(tensor: Tensor) -> bool:
+    """Whether the host has to wait for all queued work before it can look at the tensor."""
+    return tensor.device.type != "cpu"
+
+
+def _pack(start: Tensor, end: int | Tensor) -> Tensor:
+    end = end.expand_as(start) if isinstance(end, Tensor) else torch.full_like(start, end)
+    return torch.stack((start, end), dim=-1).to(torch.int32)[:, None, None]

@@ -1,0 +1,23 @@
+"""Fixtures of the Hugging Face tests: no gradients, and no record of earlier warnings and masks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from flashcore_ops.integrations import dense, masks
+
+
+@pytest.fixture(autouse=True)
+def _fresh_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Warnings come once a process, and masks are remembered between calls: each test starts without either."""
+    monkeypatch.setattr(dense, "_warned", set())
+    monkeypatch.setattr(masks, "_left_padded", {})
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield

@@ -1,0 +1,156 @@
+"""torch.compile of a patched model: one graph with one op a layer, and masks that only the device can check."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from torch import Tensor
+from transformers import DynamicCache
+
+from flashcore_ops.errors import OptionError
+from flashcore_ops.integrations.transformers import replace_llama_attention_with_flashcore as patch
+from flashcore_ops.integrations.transformers import restore_attention
+from tests.integrations.models import make_batch, make_model, static_cache
+
+HOLES = torch.tensor([[1, 1, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]])
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> None:
+    torch._dynamo.reset()
+
+
+class Recorder:
+    """A backend that runs graphs as they are, and counts the calls of ops in them by name."""
+
+    def __init__(self) -> None:
+        self.graphs: list[Counter[str]] = []
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        calls = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+        self.graphs.append(Counter(str(target) for target in calls))
+        return graph.forward
+
+    def count(self, name: str) -> int:
+        return sum(number for ops in self.graphs for op, number in ops.items() if name in op)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_prefill_is_one_graph_with_one_op_a_layer(family: str) -> None:
+    model, batch, recorder = patch(make_model(family)), make_batch("left-padded"), Recorder()
+    expected = model(**batch, use_cache=False).logits
+    actual = torch.compile(model, fullgraph=True, backend=recorder)(**batch, use_cache=False).logits
+    torch.testing.assert_close(actual, expected)
+    # Names and counts that do not depend on the version of torch.
+    ops = ("flashcore.attention", "function linear", "scaled_dot_product_attention", "softmax")
+    counts = "".join(f"{op}: {recorder.count(op)}\n" for op in ops)
+    assert_expected_inline(
+        f"{len(recorder.graphs)} graph\n{counts}",
+        """\
+1 graph
+flashcore.attention: 2
+function linear: 15
+scaled_dot_product_attention: 0
+softmax: 0
+""",
+    )
+    assert recorder.count("_assert_async") >= 1
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static", "none"])
+@pytest.mark.parametrize(
+    ("family", "backend"),
+    [("llama", "eager"), ("llama", "aot_eager"), ("mistral", "aot_eager"), ("qwen2-window", "aot_eager")],
+)
+def test_compiled_logits_are_those_of_eager(family: str, cache: str, backend: str, device: str) -> None:
+    """A prefill of 9 tokens and one decode step after it."""
+    model, batch = patch(make_model(family, device)), make_batch("left-padded", device)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+
+    def run(call: Any) -> list[Tensor]:
+        make_cache = {"dynamic": DynamicCache(config=model.config), "static": static_cache(model), "none": None}
+        past, logits = make_cache[cache], []
+        for tokens in (slice(0, 9), slice(9, 10)) if past is not None else (slice(0, 9),):
+            inputs = {"input_ids": batch["input_ids"][:, tokens], "past_key_values": past}
+            mask = batch["attention_mask"][:, : tokens.stop]
+            logits.append(call(**inputs, attention_mask=mask, use_cache=past is not None).logits)
+        return logits
+
+    for actual, expected in zip(run(compiled), run(model), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_decoding_with_a_static_cache_does_not_recompile() -> None:
+    model, recorder = patch(make_model()), Recorder()
+    compiled = torch.compile(model, fullgraph=True, backend=recorder)
+    past, mask = static_cache(model), torch.ones(1, 40, dtype=torch.int64)
+    ids = make_batch()["input_ids"]
+    model(ids, attention_mask=mask, past_key_values=past)
+    for step in range(13, 40):
+        position = torch.tensor([[step]])
+        compiled(ids[:, :1], attention_mask=mask, position_ids=position, past_key_values=past)
+    assert len(recorder.graphs) == 1
+    assert recorder.count("flashcore.attention") == 2
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("mask", [HOLES, HOLES.flip(1), make_batch("right-padded")["attention_mask"][1:2]])
+def test_traced_masks_with_holes_raise(mask: Tensor, backend: str) -> None:
+    """The graph was made for a good mask: the bad one comes later, and must not slip through it."""
+    model, ids = patch(make_model()), make_batch()["input_ids"]
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    compiled(ids, attention_mask=torch.ones_like(mask))
+    with pytest.raises(RuntimeError, match="right padding or holes"):
+        compiled(ids, attention_mask=mask)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_traced_packed_sequences_raise(family: str) -> None:
+    model, ids = patch(make_model(family)), make_batch()["input_ids"]
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    positions = torch.arange(13)[None]
+    compiled(ids, position_ids=positions, use_cache=False)
+    with pytest.raises(RuntimeError, match="packed sequences"):
+        compiled(ids, position_ids=positions % 6, use_cache=False)
+
+
+def test_traced_4d_masks_take_the_dense_path() -> None:
+    model, ids, recorder = patch(make_model()), make_batch()["input_ids"], Recorder()
+    mask = torch.ones(13, 13, dtype=torch.bool).tril()[None, None]
+    mask[..., 3] = False
+    mask[..., 0] = True
+    with pytest.warns(UserWarning, match="4-D attention mask"):
+        actual = torch.compile(model, fullgraph=True, backend=recorder)(ids, attention_mask=mask).logits
+    assert recorder.count("flashcore.attention") == 0
+    torch.testing.assert_close(actual, restore_attention(model)(ids, attention_mask=mask).logits)
+
+
+def test_typed_errors_keep_their_text() -> None:
+    compiled = torch.compile(patch(make_model()), backend="eager")
+    with pytest.raises((OptionError, RuntimeError), match=r"output_attentions: expected False"):
+        compiled(**make_batch(), output_attentions=True)
+
+
+def test_a_model_that_was_compiled_first_is_compiled_anew() -> None:
+    model, batch, recorder = make_model(), make_batch(), Recorder()
+    compiled = torch.compile(model, fullgraph=True, backend=recorder)
+    expected = compiled(**batch).logits
+    assert recorder.count("flashcore.attention") == 0
+    patch(model)
+    torch.testing.assert_close(compiled(**batch).logits, expected)
+    assert recorder.count("flashcore.attention") == 2
+    restore_attention(model)
+    compiled(**batch)
+    assert recorder.count("flashcore.attention") == 2
+
+
+def test_export_keeps_one_op_a_layer() -> None:
+    model, batch = patch(make_model()), make_batch("left-padded")
+    program = torch.export.export(model, (), batch | {"use_cache": False}, strict=False)
+    ops = [str(node.target) for node in program.graph.nodes]
+    assert sum("flashcore.attention" in op for op in ops) == 2
+    torch.testing.assert_close(program.module()(**batch, use_cache=False).logits, model(**batch).logits)

@@ -1,0 +1,138 @@
+"""Patched models against Hugging Face's sdpa: the same tokens, and logits within the error bar."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, DynamicCache
+
+from flashcore_ops.integrations.attention import fcore_attention
+from flashcore_ops.integrations.transformers import replace_llama_attention_with_flashcore as patch
+from tests.integrations.models import (
+    BATCHES,
+    CACHES,
+    FAMILIES,
+    error_bar,
+    generate,
+    make_batch,
+    make_model,
+    static_cache,
+)
+
+
+@pytest.mark.parametrize("kind", BATCHES)
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_equal_sdpa(family: str, cache: str, kind: str, device: str) -> None:
+    model, batch = make_model(family, device), make_batch(kind, device)
+    expected = generate(model, batch, cache_implementation=cache)
+    actual = generate(patch(model), batch, cache_implementation=cache)
+    assert actual.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("kind", BATCHES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_as_close_as_sdpa(family: str, kind: str, device: str) -> None:
+    model, batch = make_model(family, device), make_batch(kind, device)
+    exact, bar = error_bar(model, model(**batch).logits, **batch)
+    errors = (patch(model)(**batch).logits.double() - exact).abs()
+    # Rows of padding see nothing, and what stands there has no meaning.
+    assert errors[batch["attention_mask"].bool()].max() <= bar
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_several_tokens_against_a_filled_cache(family: str, cache: str, device: str) -> None:
+    """Chunks of 6, 1, 1, 3 and 2 tokens give the logits of one pass, window passed in between."""
+    model, batch = make_model(family, device), make_batch("left-padded", device)
+    exact, bar = error_bar(model, model(**batch).logits, **batch)
+    patch(model)
+    past = static_cache(model) if cache == "static" else DynamicCache(config=model.config)
+    logits, first = [], 0
+    for num_tokens in (6, 1, 1, 3, 2):
+        last = first + num_tokens
+        step = model(
+            input_ids=batch["input_ids"][:, first:last],
+            attention_mask=batch["attention_mask"][:, :last],
+            past_key_values=past,
+        )
+        logits.append(step.logits)
+        first = last
+    errors = (torch.cat(logits, dim=1).double() - exact).abs()
+    assert errors[batch["attention_mask"].bool()].max() <= bar
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("family", ["mistral", "qwen2-window"])
+def test_decoding_passes_the_window(family: str, cache: str, device: str) -> None:
+    """A prompt of 5 tokens fills the sliding cache of 8 while it decodes."""
+    model = make_model(family, device)
+    batch = {name: tensor[:, :5] for name, tensor in make_batch(device=device).items()}
+    expected = generate(model, batch, cache_implementation=cache)
+    assert generate(patch(model), batch, cache_implementation=cache).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2-window"])
+def test_window_in_a_cache_that_keeps_every_token(family: str, device: str) -> None:
+    model, batch = make_model(family, device), make_batch("left-padded", device)
+    expected = generate(model, batch, past_key_values=DynamicCache())
+    assert generate(patch(model), batch, past_key_values=DynamicCache()).tolist() == expected.tolist()
+
+
+@pytest.mark.filterwarnings("ignore:FlashCore")
+@pytest.mark.parametrize("kind", ["left-padded", "right-padded"])
+def test_the_scale_is_the_layers_own(kind: str, device: str) -> None:
+    model, batch = make_model(device=device), make_batch(kind, device)
+    usual = model(**batch).logits
+    for layer in model.model.layers:
+        layer.self_attn.scaling *= 3
+    rows = batch["attention_mask"].bool()
+    exact, bar = error_bar(model, model(**batch).logits, **batch)
+    assert (usual - exact)[rows].abs().max() > 100 * bar
+    assert (patch(model)(**batch).logits - exact)[rows].abs().max() <= bar
+
+
+def _drop_window(arguments: dict[str, Any]) -> None:
+    arguments["sliding_window"] = None
+
+
+def _drop_padding(arguments: dict[str, Any]) -> None:
+    if arguments["attention_mask"] is not None:
+        arguments["attention_mask"] = arguments["attention_mask"] * torch.tensor([0, 1], dtype=torch.int32)
+
+
+def _drop_length(arguments: dict[str, Any]) -> None:
+    arguments["attention_mask"] = None
+
+
+def _drop_scale(arguments: dict[str, Any]) -> None:
+    arguments["scaling"] = 1.0
+
+
+@pytest.mark.parametrize(
+    ("drop", "family", "make_cache", "kind"),
+    [
+        (_drop_window, "mistral", lambda model: DynamicCache(), "single"),
+        (_drop_window, "qwen2-window", lambda model: DynamicCache(), "single"),
+        (_drop_padding, "llama", lambda model: DynamicCache(), "left-padded"),
+        (_drop_length, "llama", static_cache, "single"),
+        (_drop_scale, "qwen2", lambda model: DynamicCache(), "single"),
+    ],
+)
+def test_tokens_change_when_a_feature_is_dropped(drop: Any, family: str, make_cache: Any, kind: str) -> None:
+    """The comparison with sdpa can fail: without the feature the tokens are others."""
+    model, batch = make_model(family), make_batch(kind)
+    expected = generate(model, batch, past_key_values=make_cache(model))
+    patch(model)
+
+    def mutilated(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **rest: Any) -> Any:
+        arguments = {"attention_mask": mask} | rest
+        drop(arguments)
+        return fcore_attention(module, query, key, value, **arguments)
+
+    with pytest.MonkeyPatch.context() as patcher:
+        patcher.setitem(AttentionInterface._global_mapping, "fcore", mutilated)
+        assert generate(model, batch, past_key_values=make_cache(model)).tolist() != expected.tolist()

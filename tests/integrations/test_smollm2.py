@@ -1,0 +1,93 @@
+"""A real LLaMA end to end, in float32: SmolLM2-135M-Instruct writes what it writes on Hugging Face's sdpa."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from flashcore_ops.default_model import DefaultModelError, default_model_path
+from flashcore_ops.errors import MissingDependencyError
+from flashcore_ops.integrations.transformers import replace_llama_attention_with_flashcore as patch
+from flashcore_ops.integrations.transformers import restore_attention
+from tests.conftest import DEVICES
+
+PROMPTS = (
+    "Once upon a time",
+    "The meaning of life is",
+    "In a galaxy far, far away",
+    "def fibonacci(n):\n    ",
+)
+NUM_TOKENS = 200
+NUM_BATCH_TOKENS = 50
+
+
+class Loaded(NamedTuple):
+    model: Any
+    tokenizer: Any
+
+    def write(self, prompts: list[str], num_tokens: int) -> list[list[int]]:
+        inputs = self.tokenizer(prompts, return_tensors="pt", padding=True).to(self.model.device)
+        tokens = self.model.generate(**inputs, do_sample=False, min_new_tokens=num_tokens, max_new_tokens=num_tokens)
+        return tokens[:, inputs["input_ids"].shape[1] :].tolist()
+
+
+class Runs(NamedTuple):
+    """The same prompts on sdpa and on ours."""
+
+    sdpa: list[list[int]]
+    ours: list[list[int]]
+
+
+@pytest.fixture(scope="module", params=DEVICES)
+def loaded(request: pytest.FixtureRequest) -> Loaded:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        path = default_model_path()
+    except (DefaultModelError, MissingDependencyError) as error:
+        pytest.skip(f"no default model: {error}")
+    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+    return Loaded(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(request.param), tokenizer)
+
+
+def _run_both(loaded: Loaded, prompts: list[str], num_tokens: int) -> Runs:
+    sdpa = loaded.write(prompts, num_tokens)
+    patch(loaded.model)
+    ours = loaded.write(prompts, num_tokens)
+    restore_attention(loaded.model)
+    return Runs(sdpa, ours)
+
+
+@pytest.fixture(scope="module")
+def story(loaded: Loaded) -> Runs:
+    return _run_both(loaded, [PROMPTS[0]], NUM_TOKENS)
+
+
+@pytest.fixture(scope="module")
+def batch(loaded: Loaded) -> Runs:
+    return _run_both(loaded, list(PROMPTS), NUM_BATCH_TOKENS)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 50, NUM_TOKENS])
+def test_first_tokens_equal_sdpa(story: Runs, num_tokens: int) -> None:
+    assert len(story.ours[0]) == NUM_TOKENS
+    assert story.ours[0][:num_tokens] == story.sdpa[0][:num_tokens]
+
+
+def test_the_story_makes_sense(story: Runs, loaded: Loaded) -> None:
+    words = loaded.tokenizer.decode(story.ours[0]).split()
+    assert len(set(words)) > 30
+    assert {"the", "a", "of"} <= set(words)
+
+
+@pytest.mark.parametrize("row", range(len(PROMPTS)))
+def test_left_padded_batch_equals_sdpa(batch: Runs, row: int) -> None:
+    assert len(batch.ours[row]) == NUM_BATCH_TOKENS
+    assert batch.ours[row] == batch.sdpa[row]
+
+
+def test_the_batch_has_rows_of_different_lengths(loaded: Loaded) -> None:
+    lengths = [len(ids) for ids in loaded.tokenizer(list(PROMPTS))["input_ids"]]
+    assert len(set(lengths)) > 1
