@@ -111,7 +111,7 @@ def _decode_kernel(
             IS_CAUSAL and not IS_SINGLE_TOKEN, HAS_WINDOW and not IS_SINGLE_TOKEN,
         )  # fmt: skip
         b_p, b_o, b_max, b_sum = softmax.update(b_s, b_o, b_max, b_sum, to_log2)
-        b_o = tl.dot(b_p.to(DOT_DTYPE), b_v, b_o, input_precision="ieee")
+        b_o = softmax.accumulate(b_o, b_p, b_v)
 
     i_row = (i_b * Hkv * G + o_head) * Q + o_token
     if IS_SPLIT:
@@ -156,8 +156,8 @@ def _combine_kernel(
     i_head = i_row // Q % Hq
     i_b = i_row // Q // Hq
     o_split = tl.arange(0, BLOCK_SPLITS)
-    o_part = o_split.to(tl.int64) * num_rows + i_row
-    b_max = tl.max(tl.load(p_partial_max + o_part, mask=o_split < num_splits, other=float("-inf")), 0)
+    p_max = p_partial_max + o_split.to(tl.int64) * num_rows + i_row
+    b_max = tl.max(tl.load(p_max, mask=o_split < num_splits, other=float("-inf")), 0)
     b_ref = tl.where(b_max == float("-inf"), 0.0, b_max)
 
     o_dv = tl.arange(0, BLOCK_DV)

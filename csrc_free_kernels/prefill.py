@@ -51,7 +51,7 @@ def _attend(
         b_p, b_o, b_max, b_sum = softmax.update(b_s, b_o, b_max, b_sum, to_log2)
         # [BLOCK_N, BLOCK_DV]
         b_v = masks.load_tile(p_v + first * stride_v_slot, m_slot, m_dv, IS_EDGE, MASK_DV).to(DOT_DTYPE)
-        b_o = tl.dot(b_p.to(DOT_DTYPE), b_v, b_o, input_precision="ieee")
+        b_o = softmax.accumulate(b_o, b_p, b_v)
     return b_o, b_max, b_sum
 
 
@@ -147,7 +147,7 @@ def _prefill_kernel(
         IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, False, MASK_D, MASK_DV, DOT_DTYPE, BLOCK_N,
     )  # fmt: skip
     b_o, b_max, b_sum = _attend(
-        b_q, b_o, b_max, b_sum, p_k, p_v, stride_key[2], stride_value[2], full_high, high,
+        b_q, b_o, b_max, b_sum, p_k, p_v, stride_key[2], stride_value[2], tl.minimum(full_high, high), high,
         o_column, low, high, before_cap, softcap, to_log2, window, m_d, m_dv,
         IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, True, MASK_D, MASK_DV, DOT_DTYPE, BLOCK_N,
     )  # fmt: skip

@@ -56,7 +56,10 @@ def sign_query(b_q, QUERY_SIGN: tl.constexpr):
 @triton.jit
 def scores(b_q, b_k, before_cap, softcap, HAS_SOFTCAP: tl.constexpr):
     """Scores [BLOCK_M, BLOCK_N] in float32; times to_log2 they are log2 weights."""
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+    if b_q.dtype == tl.float32:
+        b_s = _chunked_dot(b_q, tl.trans(b_k))
+    else:
+        b_s = tl.dot(b_q, tl.trans(b_k))
     if HAS_SOFTCAP:
         b_s = softcap * _tanh(b_s * before_cap)
     return b_s
@@ -64,6 +67,7 @@ def scores(b_q, b_k, before_cap, softcap, HAS_SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _tanh(b_x):
+    """tanh in float32, to 3 units of float32's machine epsilon relative to the result."""
     # 1 - 2 / (exp(2x) + 1) cancels near 0, where softcapped scores live: there a minimax polynomial (Cephes tanhf).
     b_y = b_x * b_x
     b_poly = -5.70498872745e-3 * b_y + 2.06390887954e-2
@@ -86,6 +90,32 @@ def update(b_s, b_o, b_max, b_sum, to_log2):
     b_p = tl.exp2((b_s - b_ref[:, None]) * to_log2)
     b_decay = tl.exp2((b_max - b_ref) * to_log2)
     return b_p, b_o * b_decay[:, None], b_new_max, b_sum * b_decay + tl.sum(b_p, 1)
+
+
+@triton.jit
+def accumulate(b_o, b_p, b_v):
+    """b_o + b_p @ b_v, the weights in the values' dtype."""
+    if b_v.dtype == tl.float32:
+        b_o += _chunked_dot(b_p, b_v)
+    else:
+        b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o)
+    return b_o
+
+
+@triton.jit
+def _chunked_dot(b_a, b_b):
+    """b_a [M, K] @ b_b [K, N] in float32, summed over chunks of K that are summed by themselves.
+
+    One running sum over all of K rounds several times as much as the tree of sums in a library's matrix-vector product.
+    """
+    M: tl.constexpr = b_a.shape[0]
+    K: tl.constexpr = b_a.shape[1]
+    N: tl.constexpr = b_b.shape[1]
+    CHUNK: tl.constexpr = 16
+    # [K / CHUNK, M, CHUNK] and [K / CHUNK, CHUNK, N]
+    b_a_chunks = tl.permute(tl.reshape(b_a, [M, K // CHUNK, CHUNK]), [1, 0, 2])
+    b_b_chunks = tl.reshape(b_b, [K // CHUNK, CHUNK, N])
+    return tl.sum(tl.dot(b_a_chunks, b_b_chunks, input_precision="ieee"), 0)
 
 
 @triton.jit

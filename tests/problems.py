@@ -41,9 +41,12 @@ class Problem:
             sinks=None if self.sinks is None else self.sinks.double(),
         )
 
-    def poisoned(self) -> Problem:
-        """The same with NaN in every slot that no row sees."""
-        visible = reference.visible_slots(
+    def with_head_dim_shuffled(self) -> Problem:
+        order = torch.randperm(self.query.shape[3], device=self.query.device)
+        return replace(self, query=self.query[..., order], key=self.key[..., order])
+
+    def visible(self) -> Tensor:
+        return reference.visible_slots(
             self.query.shape[2],
             self.key.shape[2],
             self.kv_range,
@@ -51,7 +54,10 @@ class Problem:
             self.window,
             device=self.query.device,
         )
-        unseen = ~visible.any(dim=1)[:, None, :, None]
+
+    def poisoned(self) -> Problem:
+        """The same with NaN in every slot that no row sees."""
+        unseen = ~self.visible().any(dim=1)[:, None, :, None]
         return replace(
             self, key=self.key.masked_fill(unseen, torch.nan), value=self.value.masked_fill(unseen, torch.nan)
         )
@@ -96,26 +102,38 @@ def make_problem(
 def assert_as_accurate_as_pytorch(output: Tensor, lse: Tensor | None, problem: Problem) -> None:
     """The bar: at most twice the error of plain PyTorch in the inputs' dtype, plus the rounding of the output.
 
-    Both errors are the maximum distance from the float64 reference. NaN never passes.
+    Errors are maximum distances from the float64 reference. NaN never passes.
     """
     exact, exact_lse = reference.attention_with_lse(*problem.in_float64().arguments())
-    plain, plain_lse = reference.attention_with_lse(*problem.arguments())
+    plain = [reference.attention_with_lse(*problem.arguments())]
+    blind = torch.isinf(exact_lse)
     assert output.shape == exact.shape
-    _assert_within(output, plain, exact, exact.to(problem.query.dtype), "output")
     if lse is not None:
         assert lse.shape == exact_lse.shape
         assert lse.dtype == torch.float32
-        blind = torch.isinf(exact_lse)
         assert torch.equal(lse.double()[blind], exact_lse[blind]), "a row that sees nothing has lse -inf"
-        lse, plain_lse, exact_lse = lse[~blind], plain_lse[~blind], exact_lse[~blind]
-        _assert_within(lse, plain_lse, exact_lse, exact_lse.float(), "lse")
+
+    def excess() -> str:
+        over = _excess("output", output, [each for each, _ in plain], exact, problem.query.dtype)
+        if lse is not None:
+            plain_lse = [each[~blind] for _, each in plain]
+            over += _excess("lse", lse[~blind], plain_lse, exact_lse[~blind], torch.float32)
+        return over
+
+    if excess():
+        # A sum rounds by its order, and on a few numbers one order can come out exact by luck: the plain error is
+        # then the largest over several orders of the head dim, in which the scores are the same.
+        plain += [reference.attention_with_lse(*problem.with_head_dim_shuffled().arguments()) for _ in range(7)]
+    assert not excess(), excess()
 
 
-def _assert_within(actual: Tensor, plain: Tensor, exact: Tensor, rounded: Tensor, name: str) -> None:
+def _excess(name: str, actual: Tensor, plain: list[Tensor], exact: Tensor, dtype: torch.dtype) -> str:
+    """What is over the bar, in words, or nothing."""
     if exact.numel() == 0:
-        return
+        return ""
     error = (actual.double() - exact).abs().max().item()
-    plain_error = (plain.double() - exact).abs().max().item()
-    rounding = (rounded.double() - exact).abs().max().item()
+    plain_error = max((each.double() - exact).abs().max().item() for each in plain)
+    rounding = (exact.to(dtype).double() - exact).abs().max().item()
     bar = 2 * plain_error + rounding
-    assert error <= bar, f"{name}: error {error:.3g} > {bar:.3g} = 2 * {plain_error:.3g} + {rounding:.3g}"
+    # NaN compares as false.
+    return "" if error <= bar else f"{name}: error {error:.3g} > {bar:.3g} = 2 * {plain_error:.3g} + {rounding:.3g}; "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -38,7 +40,8 @@ def test_head_ratios(device, num_query_heads, num_kv_heads, query_len):
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+# bfloat16 takes float16's path: test_head_dims and test_properties.py cover it.
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("query_len", [1, 5, 40])
 @pytest.mark.parametrize(
     "options",
@@ -108,6 +111,24 @@ def test_any_strides_with_a_contiguous_last_dim(device, query_len):
         value=contiguous.value[:1, :1].expand(2, 2, -1, -1),
     )
     check(shared)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("query_len", [16, 130])
+@pytest.mark.parametrize("head_dim", [40, 64, 128, 256])
+def test_views_that_no_wide_load_can_serve(device, dtype, query_len, head_dim):
+    """Odd strides and offsets: tiles go through registers instead of asynchronous copies."""
+    problem = make_problem(
+        query_len=query_len, kv_len=200, head_dim=head_dim, is_causal=False, softcap=20.0, dtype=dtype, device=device
+    )
+
+    def view(tensor: torch.Tensor) -> torch.Tensor:
+        larger = tensor.new_full([size + 3 for size in tensor.shape], torch.nan)
+        inner = larger[1:-2, 2:-1, 1:-2, 3:]
+        return inner.copy_(tensor)
+
+    views = replace(problem, query=view(problem.query), key=view(problem.key), value=view(problem.value))
+    check(views)
 
 
 def test_output_is_stored_token_major(device):

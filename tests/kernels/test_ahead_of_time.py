@@ -44,7 +44,7 @@ def compile_attention(
             prefill.prefill_attention(query, key, key, output, lse, **options, tiles=tiles)
         else:
             tiles = tuning.decode_tiles(arch, dtype, head_dim, num_rows=4 * query_len)
-            for num_splits in (1, 8):
+            for num_splits in (1, 8, 33):
                 decode.decode_attention(query, key, key, output, lse, **options, num_splits=num_splits, tiles=tiles)
     return compiled
 

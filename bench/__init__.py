@@ -1,0 +1,5 @@
+"""Benchmarks of FlashCore beside its peers: `python -m bench.attention`.
+
+All implementations of a case run in one process on the same tensors. Each is checked against a float64 reference
+before it is timed, and a wrong result is never timed. Results go to `bench/results/<gpu>/<bench>.json`.
+"""
