@@ -39,7 +39,8 @@ def score_scale(scale: float, softcap: float) -> ScoreScale:
     query_sign = 0 if abs(scale) < 2.0**-120 else 1 if scale > 0 else -1
     magnitude = 1.0 if query_sign == 0 else min(abs(scale), 2.0**120)
     if softcap > 0:
-        return ScoreScale(query_sign, before_cap=magnitude / softcap, softcap=softcap, to_natural=1.0)
+        before_cap = min(magnitude / softcap, 2.0**120)
+        return ScoreScale(query_sign, before_cap=before_cap, softcap=softcap, to_natural=1.0)
     return ScoreScale(query_sign, before_cap=0.0, softcap=0.0, to_natural=magnitude)
 
 
