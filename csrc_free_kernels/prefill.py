@@ -8,53 +8,6 @@ from csrc_free_kernels import masks, softmax
 from csrc_free_kernels.tuning import Tiles, dot_dtype
 
 
-@triton.jit
-def _attend(
-    b_q,
-    b_o,
-    b_max,
-    b_sum,
-    p_k,
-    p_v,
-    stride_k_slot,
-    stride_v_slot,
-    tile_low,
-    tile_high,
-    o_column,
-    low,
-    high,
-    before_cap,
-    softcap,
-    to_log2,
-    window,
-    m_d,
-    m_dv,
-    IS_CAUSAL: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    IS_EDGE: tl.constexpr,
-    MASK_D: tl.constexpr,
-    MASK_DV: tl.constexpr,
-    DOT_DTYPE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Takes the slots [tile_low, tile_high) into the running softmax; only edge tiles are masked."""
-    for i_n in tl.range(tile_low, tile_high, BLOCK_N):
-        o_slot = i_n + tl.arange(0, BLOCK_N)
-        m_slot = (o_slot >= low) & (o_slot < high)
-        first = tl.cast(i_n, tl.int64)
-        # [BLOCK_N, BLOCK_D]
-        b_k = masks.load_tile(p_k + first * stride_k_slot, m_slot, m_d, IS_EDGE, MASK_D).to(DOT_DTYPE)
-        b_s = softmax.scores(b_q, b_k, before_cap, softcap, HAS_SOFTCAP)
-        if IS_EDGE:
-            b_s = masks.mask_scores(b_s, o_slot, o_column, low, high, window, IS_CAUSAL, HAS_WINDOW)
-        b_p, b_o, b_max, b_sum = softmax.update(b_s, b_o, b_max, b_sum, to_log2)
-        # [BLOCK_N, BLOCK_DV]
-        b_v = masks.load_tile(p_v + first * stride_v_slot, m_slot, m_dv, IS_EDGE, MASK_DV).to(DOT_DTYPE)
-        b_o = softmax.accumulate(b_o, b_p, b_v)
-    return b_o, b_max, b_sum
-
-
 @triton.jit(do_not_specialize=["B", "Hq", "G", "Q", "S", "window"])
 def _prefill_kernel(
     p_query,
@@ -101,7 +54,7 @@ def _prefill_kernel(
     start, end = masks.load_kv_range(p_range, stride_range, i_b, S)
 
     o_row = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_slot = tl.arange(0, BLOCK_N)
+    o_first = tl.arange(0, BLOCK_N).to(tl.int64)
     o_d = tl.arange(0, BLOCK_D)
     o_dv = tl.arange(0, BLOCK_DV)
     m_row = o_row < Q
@@ -112,9 +65,9 @@ def _prefill_kernel(
     p_q = p_query + i_b * stride_query[0] + i_q_head * stride_query[1]
     p_q = p_q + o_row.to(tl.int64)[:, None] * stride_query[2] + o_d[None, :]
     p_k = p_key + i_b * stride_key[0] + i_kv_head * stride_key[1]
-    p_k = p_k + o_slot.to(tl.int64)[:, None] * stride_key[2] + o_d[None, :]
+    p_k = p_k + o_first[:, None] * stride_key[2] + o_d[None, :]
     p_v = p_value + i_b * stride_value[0] + i_kv_head * stride_value[1]
-    p_v = p_v + o_slot.to(tl.int64)[:, None] * stride_value[2] + o_dv[None, :]
+    p_v = p_v + o_first[:, None] * stride_value[2] + o_dv[None, :]
 
     # [BLOCK_M, BLOCK_D]
     b_q = softmax.sign_query(masks.load_tile(p_q, m_row, m_d, True, MASK_D).to(DOT_DTYPE), QUERY_SIGN)
@@ -126,31 +79,28 @@ def _prefill_kernel(
     last_column = tl.minimum(first_column + BLOCK_M, end) - 1
     o_column = first_column + tl.arange(0, BLOCK_M)
     low, high = masks.visible_bounds(start, end, first_column, last_column, window, IS_CAUSAL, HAS_WINDOW)
-    # Tiles start at low. [full_low, full_high) holds whole tiles that every row of this one sees.
+    # Whole tiles in [full_low, full_high) are seen by every row.
     full_low = low
     full_high = high
-    if HAS_WINDOW:
-        full_low = low + tl.cdiv(tl.maximum(tl.minimum(last_column - window + 1, high) - low, 0), BLOCK_N) * BLOCK_N
     if IS_CAUSAL:
         full_high = tl.minimum(high, first_column + 1)
-    full_high = full_low + tl.maximum(full_high - full_low, 0) // BLOCK_N * BLOCK_N
-
     if HAS_WINDOW:
-        b_o, b_max, b_sum = _attend(
-            b_q, b_o, b_max, b_sum, p_k, p_v, stride_key[2], stride_value[2], low, tl.minimum(full_low, high),
-            o_column, low, high, before_cap, softcap, to_log2, window, m_d, m_dv,
-            IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, True, MASK_D, MASK_DV, DOT_DTYPE, BLOCK_N,
-        )  # fmt: skip
-    b_o, b_max, b_sum = _attend(
-        b_q, b_o, b_max, b_sum, p_k, p_v, stride_key[2], stride_value[2], full_low, full_high,
-        o_column, low, high, before_cap, softcap, to_log2, window, m_d, m_dv,
-        IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, False, MASK_D, MASK_DV, DOT_DTYPE, BLOCK_N,
-    )  # fmt: skip
-    b_o, b_max, b_sum = _attend(
-        b_q, b_o, b_max, b_sum, p_k, p_v, stride_key[2], stride_value[2], tl.minimum(full_high, high), high,
-        o_column, low, high, before_cap, softcap, to_log2, window, m_d, m_dv,
-        IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, True, MASK_D, MASK_DV, DOT_DTYPE, BLOCK_N,
-    )  # fmt: skip
+        full_low = last_column - window + 1
+
+    # One loop for full and edge tiles: with a loop for each, ptxas 12.8 took the value tile's address in the second
+    # from registers that only the first sets, and the first may not run.
+    for i_n in tl.range(low, high, BLOCK_N):
+        o_slot = i_n + tl.arange(0, BLOCK_N)
+        m_slot = o_slot < high
+        first = tl.cast(i_n, tl.int64)
+        # [BLOCK_N, BLOCK_D] and [BLOCK_N, BLOCK_DV]
+        b_k = masks.load_tile(p_k + first * stride_key[2], m_slot, m_d, True, MASK_D).to(DOT_DTYPE)
+        b_v = masks.load_tile(p_v + first * stride_value[2], m_slot, m_dv, True, MASK_DV).to(DOT_DTYPE)
+        b_s = softmax.scores(b_q, b_k, before_cap, softcap, HAS_SOFTCAP)
+        if (i_n < full_low) | (i_n + BLOCK_N > full_high):
+            b_s = masks.mask_scores(b_s, o_slot, o_column, low, high, window, IS_CAUSAL, HAS_WINDOW)
+        b_p, b_o, b_max, b_sum = softmax.update(b_s, b_o, b_max, b_sum, to_log2)
+        b_o = softmax.accumulate(b_o, b_p, b_v)
 
     b_sink = softmax.load_sinks(p_sinks, i_h + tl.zeros([BLOCK_M], dtype=tl.int32), m_row)
     b_o, b_lse = softmax.finish(b_o, b_max, b_sum, b_sink, to_natural)

@@ -23,10 +23,9 @@ class Tiles:
 Table = dict[tuple[int, int], Tiles]
 
 # Tiles by (padded head dim, bytes an element). Shared memory and registers bound them: 16-bit kernels must not spill.
-# float32 products run without tensor cores, so their tiles are small. On Hopper a warp group (4 warps) takes 64 rows:
-# with two such products a group, ptxas 12.8 gave wrong results wherever the value tile was not copied asynchronously.
+# float32 products run without tensor cores, so their tiles are small.
 _FLOAT32_PREFILL: Table = {
-    (64, 4): Tiles(32, 32, 8, 2),
+    (64, 4): Tiles(32, 16, 8, 2),
     (128, 4): Tiles(32, 16, 8, 2),
     (256, 4): Tiles(16, 16, 8, 1),
 }

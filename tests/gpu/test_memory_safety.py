@@ -23,13 +23,11 @@ INT32, INT64 = torch.iinfo(torch.int32), torch.iinfo(torch.int64)
 hostile = [(-7, 5), (3, 2000), (2000, 3000), (INT32.min, INT32.max), (INT32.max, INT32.min), (40, 41)]
 kv_range = torch.tensor(hostile, dtype=torch.int32, device="cuda")
 batch = len(hostile)
-for head_dim in (24, 64):
-    for query_len in (1, 3, 20, 150):
-        for window in (0, 5):
-            query = torch.randn(batch, 6, query_len, head_dim, device="cuda", dtype=torch.float16)
-            key, value = (torch.randn(batch, 2, 41, head_dim, device="cuda", dtype=torch.float16) for _ in "kv")
-            for num_splits in (0, 1):
-                attention_with_lse(query, key, value, kv_range, window=window, num_splits=num_splits)
+for query_len, window, head_dim in [(1, 0, 64), (1, 5, 24), (3, 0, 64), (20, 0, 24), (150, 5, 64), (150, 0, 64)]:
+    query = torch.randn(batch, 6, query_len, head_dim, device="cuda", dtype=torch.float16)
+    key, value = (torch.randn(batch, 2, 41, head_dim, device="cuda", dtype=torch.float16) for _ in "kv")
+    for num_splits in (2, 1):
+        attention_with_lse(query, key, value, kv_range, window=window, num_splits=num_splits)
 key_cache, value_cache = (torch.zeros(6, 2, 41, 24, device="cuda") for _ in "kv")
 key, value = torch.randn(2, 6, 2, 3, 24, device="cuda").unbind()
 positions = torch.tensor([-2, 40, 41, -100, INT64.max, INT64.min], device="cuda")
