@@ -120,9 +120,7 @@ def build(venv: Path) -> None:
     """Makes the environment from nothing: an outdated or unfinished one is replaced, never repaired."""
     if venv.exists():
         if any(venv.iterdir()) and not (venv / MARK).is_file():
-            raise SetupError(
-                f"{venv} was made by something else. Move it away, or name another: make VENV=..."
-            )
+            raise SetupError(f"{venv} was made by something else. Move it away, or name another: make VENV=...")
         shutil.rmtree(venv)
     venv.mkdir(parents=True)
     (venv / MARK).write_text(UNFINISHED)

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
-from expecttest import assert_expected_inline
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
@@ -28,6 +27,7 @@ from typer.testing import CliRunner
 from flashcore_ops.cli import app
 from flashcore_ops.commands import generate
 from flashcore_ops.commands.streaming import TimedTextStreamer
+from tests.snapshots import assert_expected_inline
 
 PROMPT = "Once upon"
 END = "</s>"

@@ -9,13 +9,13 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from expecttest import assert_expected_inline
 from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from typer.testing import CliRunner
 
 from flashcore_ops.cli import app
 from flashcore_ops.commands import generate
+from tests.snapshots import assert_expected_inline
 
 
 def error_line(*arguments: str | Path) -> str:

@@ -8,12 +8,12 @@ import re
 import pytest
 import torch
 from click.testing import Result
-from expecttest import assert_expected_inline
 from rich.console import Console
 from typer.testing import CliRunner
 
 from flashcore_ops.cli import app
 from flashcore_ops.commands.info import Gpu, Info, Kernel, Versions, choose_kernels, render_info, to_json
+from tests.snapshots import assert_expected_inline
 
 VERSIONS = Versions(
     flashcore="0.1.0",

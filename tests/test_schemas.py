@@ -6,20 +6,19 @@ import inspect
 
 import pytest
 import torch
-from expecttest import TestCase
 
 import flashcore_ops
+from tests.snapshots import assert_expected_inline
 
 OPS = ("attention", "attention_with_lse", "append_kv_")
 
 
-class TestSchemas(TestCase):
-    def test_schemas(self):
-        schemas = "\n".join(str(getattr(torch.ops.flashcore, name).default._schema) for name in OPS)
-        schemas = schemas.replace(", ", ",\n  ")
-        self.assertExpectedInline(
-            schemas,
-            """\
+def test_schemas():
+    schemas = "\n".join(str(getattr(torch.ops.flashcore, name).default._schema) for name in OPS)
+    schemas = schemas.replace(", ", ",\n  ")
+    assert_expected_inline(
+        schemas,
+        """\
 flashcore::attention(Tensor query,
   Tensor key,
   Tensor value,
@@ -46,12 +45,13 @@ flashcore::append_kv_(Tensor(a!) key_cache,
   Tensor key,
   Tensor value,
   Tensor positions) -> ()""",
-        )
+    )
 
-    def test_public_names(self):
-        self.assertExpectedInline(
-            "\n".join(flashcore_ops.__all__),
-            """\
+
+def test_public_names():
+    assert_expected_inline(
+        "\n".join(flashcore_ops.__all__),
+        """\
 FlashCoreError
 append_kv_
 attention
@@ -60,7 +60,7 @@ attention_with_lse
 is_patched
 replace_llama_attention_with_flashcore
 restore_attention""",
-        )
+    )
 
 
 @pytest.mark.parametrize("name", OPS)

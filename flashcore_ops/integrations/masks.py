@@ -21,7 +21,7 @@ from transformers.masking_utils import (
 )
 from transformers.utils.import_utils import is_tracing
 
-from flashcore_ops.errors import MaskError
+from flashcore_ops.errors import CapacityError, MaskError
 from flashcore_ops.integrations.dense import create_dense_mask
 
 MaskFunction = Callable[..., Tensor]
@@ -66,6 +66,8 @@ def create_fcore_mask(
 
     Raises:
         MaskError: attention_mask is not `[B, L]`.
+        CapacityError: the tokens do not fit into the static cache, where the host knows its length. transformers asks
+            for the mask before it writes to the cache, so nothing is lost.
 
     Source: transformers.masking_utils.sdpa_mask, whose arguments these are.
 
@@ -92,6 +94,8 @@ def create_fcore_mask(
 
     # The sum is a new tensor: a static cache's q_offset is its live counter.
     end = q_offset + q_length - kv_offset
+    if not is_traced:
+        _check_capacity(end, kv_length)
     fills_slots = not isinstance(end, Tensor) and end == kv_length
     if attention_mask is None:
         return None if fills_slots else _pack(torch.zeros(batch_size, dtype=torch.int64, device=device), end)
@@ -149,6 +153,18 @@ def _assert_same_mask(
     )
     is_same = (mask_function(*indices) == plain(*indices)).all()
     torch._assert_async(is_same, f"flashcore: {NOT_CAUSAL}. {_FIX}")
+
+
+def _check_capacity(end: int | Tensor, kv_length: int) -> None:
+    if isinstance(end, Tensor) and _reading_waits(end):
+        return
+    if int(end) > kv_length:
+        raise CapacityError.explain(
+            "past_key_values",
+            expected=f"room for {int(end)} tokens",
+            got=f"a static cache of {kv_length} slots",
+            fix="Make it with a larger max_cache_len, or pass fewer tokens.",
+        )
 
 
 def _check_padding_mask(attention_mask: Tensor, batch_size: int) -> None:

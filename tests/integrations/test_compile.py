@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from expecttest import assert_expected_inline
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -15,6 +14,7 @@ from flashcore_ops.errors import OptionError
 from flashcore_ops.integrations.transformers import replace_llama_attention_with_flashcore as patch
 from flashcore_ops.integrations.transformers import restore_attention
 from tests.integrations.models import make_batch, make_model, static_cache
+from tests.snapshots import assert_expected_inline
 
 HOLES = torch.tensor([[1, 1, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]])
 

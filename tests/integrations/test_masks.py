@@ -19,7 +19,7 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from flashcore_ops.errors import MaskError
+from flashcore_ops.errors import CapacityError, MaskError
 from flashcore_ops.integrations import masks
 from flashcore_ops.integrations.masks import create_fcore_mask
 from flashcore_ops.integrations.transformers import replace_llama_attention_with_flashcore as patch
@@ -295,3 +295,25 @@ class TestDecodeStepsOnAGpu:
 def test_malformed_masks_are_refused(mask: Tensor, message: str) -> None:
     with pytest.raises(MaskError, match=message):
         patch(make_model())(make_batch()["input_ids"], attention_mask=mask)
+
+
+OVERFLOW = r"^past_key_values: expected room for 13 tokens, got a static cache of 8 slots\."
+
+
+def test_prefill_past_the_static_cache_is_refused_before_anything_is_written(device: str) -> None:
+    model = patch(make_model(device=device))
+    cache = static_cache(model, max_cache_len=8)
+    with pytest.raises(CapacityError, match=OVERFLOW):
+        model(torch.arange(3, 16, device=device)[None], past_key_values=cache)
+    assert int(cache.get_seq_length()) == 0
+
+
+def test_decode_past_the_static_cache_is_refused_on_the_cpu() -> None:
+    model = patch(make_model())
+    cache = static_cache(model, max_cache_len=8)
+    model(torch.arange(3, 8)[None], past_key_values=cache)
+    before = [layer.keys.clone() for layer in cache.layers]
+    with pytest.raises(CapacityError, match=OVERFLOW):
+        model(torch.arange(3, 11)[None], past_key_values=cache)
+    assert all(torch.equal(layer.keys, keys) for layer, keys in zip(cache.layers, before, strict=True))
+    assert int(cache.get_seq_length()) == 5
