@@ -49,7 +49,7 @@ def append_kv_(
     value: torch.Tensor,
     positions: torch.Tensor,
 ) -> None:
-    """Writes key and value `[B, Hkv, T, D]` into slots `positions[b] + t` of the caches `[B, Hkv, S, D]`; B, T > 0."""
+    """Writes key and value `[B, Hkv, T, D or Dv]` into slots `positions[b] + t` of the caches; B, Hkv, T > 0."""
     batch, num_kv_heads, num_tokens, head_dim = key.shape
     value_dim = value.shape[3]
     _append_kernel[(batch * num_kv_heads * num_tokens,)](

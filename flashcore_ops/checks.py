@@ -11,6 +11,9 @@ from flashcore_ops.errors import DeviceError, DtypeError, GradientError, LayoutE
 
 SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MIN_HEAD_DIM, MAX_HEAD_DIM, HEAD_DIM_STEP = 16, 256, 8
+HEAD_DIM_RULE = f"a multiple of {HEAD_DIM_STEP} from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}"
+# What scores may be multiplied by and still stay inside float32. Any larger scale only picks the largest score.
+LARGEST_FACTOR = 2.0**100
 
 
 def is_supported_head_dim(head_dim: int) -> bool:
@@ -87,11 +90,11 @@ def check_append_kv(key_cache: Tensor, value_cache: Tensor, key: Tensor, value: 
     _check_small(positions, "positions", shape=(key.shape[0],), dtypes=dtypes, device=key.device, like="key")
     _check_apart(key_cache, value_cache, "key_cache", "value_cache")
     for cache, cache_name in ((key_cache, "key_cache"), (value_cache, "value_cache")):
-        if any(size > 1 and stride == 0 for size, stride in zip(cache.shape, cache.stride(), strict=True)):
+        if _overlaps_itself(cache):
             raise LayoutError.explain(
                 cache_name,
                 expected="every slot to have memory of its own",
-                got="an expanded tensor",
+                got=f"strides {list(cache.stride())} for sizes {list(cache.shape)}",
                 fix="Allocate the cache with torch.empty or torch.zeros.",
             )
         _check_apart(cache, key, cache_name, "key")
@@ -150,7 +153,7 @@ def _check_tensors(*tensors: Tensor, names: tuple[str, ...]) -> None:
         if not is_supported_head_dim(tensor.shape[3]):
             raise ShapeError.explain(
                 name,
-                expected=f"a head dim that is a multiple of {HEAD_DIM_STEP} from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}",
+                expected=f"a head dim that is {HEAD_DIM_RULE}",
                 got=f"{tensor.shape[3]}",
                 fix="Pad the head dim with zeros and pass the unpadded scale.",
             )
@@ -204,9 +207,9 @@ def _check_options(scale: float | None, is_causal: bool, window: int, softcap: f
         raise OptionError.explain(
             "scale", expected="a finite number", got=f"{scale}", fix="Pass None for head_dim ** -0.5."
         )
-    if not (math.isfinite(softcap) and softcap >= 0):
+    if not 0 <= softcap <= LARGEST_FACTOR:
         raise OptionError.explain(
-            "softcap", expected="a finite number >= 0", got=f"{softcap}", fix="Pass 0.0 for no softcap."
+            "softcap", expected="a number from 0 to 2**100", got=f"{softcap}", fix="Pass 0.0 for no softcap."
         )
     if window < 0:
         raise OptionError.explain("window", expected="an int >= 0", got=f"{window}", fix="Pass 0 for no window.")
@@ -234,6 +237,17 @@ def _check_apart(a: Tensor, b: Tensor, a_name: str, b_name: str) -> None:
             got=f"a view whose memory range overlaps {a_name}'s",
             fix="Allocate keys and values separately, and clone what comes out of a cache.",
         )
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two elements may share memory, as in an expanded tensor."""
+    extent = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= extent:
+                return True
+            extent += (size - 1) * stride
+    return False
 
 
 def _last_element(tensor: Tensor) -> int:

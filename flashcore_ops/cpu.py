@@ -16,7 +16,7 @@ def attention(
     key: Tensor,
     value: Tensor,
     kv_range: Tensor | None,
-    scale: float | None,
+    scale: float,
     is_causal: bool,
     window: int,
     softcap: float,
@@ -85,9 +85,7 @@ def _visible_blocks(
         first = row
 
 
-def _torch_attention(
-    query: Tensor, key: Tensor, value: Tensor, scale: float | None, is_causal: bool, window: int
-) -> Tensor:
+def _torch_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, is_causal: bool, window: int) -> Tensor:
     batch, num_query_heads, query_len, head_dim = query.shape
     num_kv_heads, kv_len = key.shape[1], key.shape[2]
     if query_len == 1:
@@ -95,7 +93,8 @@ def _torch_attention(
         packed = query.reshape(batch, num_kv_heads, num_query_heads // num_kv_heads, head_dim)
         output = scaled_dot_product_attention(packed, key, value, scale=scale)
         return output.reshape(batch, num_query_heads, 1, value.shape[3])
-    is_square_causal = is_causal and query_len == kv_len and (window == 0 or window >= kv_len)
+    # torch multiplies the -inf of its own causal mask by scale, so that only a positive one may use it.
+    is_square_causal = is_causal and query_len == kv_len and (window == 0 or window >= kv_len) and scale > 0
     mask = None
     if is_causal and not is_square_causal:
         mask = reference.visible_slots(query_len, kv_len, window=window, device=query.device)

@@ -13,7 +13,7 @@ def attention(
     key: Tensor,
     value: Tensor,
     kv_range: Tensor | None,
-    scale: float | None,
+    scale: float,
     is_causal: bool,
     window: int,
     softcap: float,
@@ -29,7 +29,9 @@ def attention(
     num_kv_heads, kv_len = key.shape[1], key.shape[2]
     arch = tuning.architecture(query.device)
     widest = max(head_dim, value.shape[3])
-    scale = head_dim**-0.5 if scale is None else scale
+    # A window of all slots hides none; a larger one could overflow the kernels' int32.
+    window = min(window, max(kv_len, 1))
+    sinks = None if sinks is None else sinks.contiguous()
     # Triton launches on the current device.
     with torch.cuda.device(query.device):
         if query_len > tuning.MAX_DECODE_TOKENS:

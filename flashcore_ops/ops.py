@@ -7,13 +7,15 @@ around an exchangeable kernel, so that real and fake calls check, allocate and s
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flashcore_ops import cpu
-from flashcore_ops.checks import check_append_kv, check_attention
+from flashcore_ops.checks import LARGEST_FACTOR, check_append_kv, check_attention
+from flashcore_ops.errors import MissingDependencyError
 
 Kernel = Callable[..., None]
 
@@ -38,6 +40,7 @@ def _attention(kernel: Kernel) -> Callable[..., Tensor]:
     ) -> Tensor:
         check_attention(query, key, value, kv_range, scale, is_causal, window, softcap, sinks, num_splits)
         output = _allocate_output(query, value)
+        scale = _effective_scale(scale, query)
         kernel(query, key, value, kv_range, scale, is_causal, window, softcap, sinks, num_splits, output, None)
         return output
 
@@ -60,6 +63,7 @@ def _attention_with_lse(kernel: Kernel) -> Callable[..., tuple[Tensor, Tensor]]:
         check_attention(query, key, value, kv_range, scale, is_causal, window, softcap, sinks, num_splits)
         output = _allocate_output(query, value)
         lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+        scale = _effective_scale(scale, query)
         kernel(query, key, value, kv_range, scale, is_causal, window, softcap, sinks, num_splits, output, lse)
         return output, lse
 
@@ -80,17 +84,29 @@ def _allocate_output(query: Tensor, value: Tensor) -> Tensor:
     return query.new_empty((batch, query_len, num_query_heads, value.shape[3])).transpose(1, 2)
 
 
-# The CUDA kernels are imported at their first call: the package must import where there is no triton.
-def _cuda_attention(*args: Any) -> None:
-    from flashcore_ops import cuda
+def _effective_scale(scale: float | None, query: Tensor) -> float:
+    if scale is None:
+        return query.shape[3] ** -0.5
+    return min(max(scale, -LARGEST_FACTOR), LARGEST_FACTOR)
 
-    cuda.attention(*args)
+
+def _cuda_attention(*args: Any) -> None:
+    _cuda_kernels().attention(*args)
 
 
 def _cuda_append_kv_(*args: Any) -> None:
-    from flashcore_ops import cuda
+    _cuda_kernels().append_kv_(*args)
 
-    cuda.append_kv_(*args)
+
+def _cuda_kernels() -> ModuleType:
+    """flashcore_ops.cuda, imported at the first call: the package must import where there is no triton."""
+    try:
+        from flashcore_ops import cuda
+    except ImportError as error:
+        raise MissingDependencyError.explain(
+            "flashcore", expected="triton, for tensors on a GPU", got=str(error), fix="Install triton 3.6."
+        ) from error
+    return cuda
 
 
 def _no_kernel(*args: Any) -> None:

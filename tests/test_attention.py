@@ -14,6 +14,9 @@ from tests.problems import DTYPES, Problem, assert_as_accurate_as_pytorch, make_
 def check(problem: Problem, num_splits: int = 0) -> None:
     output, lse = attention_with_lse(*problem.arguments(), num_splits=num_splits)
     assert_as_accurate_as_pytorch(output, lse, problem)
+    if output.device.type == "cpu":
+        # A path of its own on the CPU; on a GPU the same kernel, compiled once more.
+        assert_as_accurate_as_pytorch(attention(*problem.arguments()), None, problem)
 
 
 HEAD_DIMS = [16, 24, 64, 80, 96, 112, 128, 160, 192, 256]
@@ -46,7 +49,7 @@ def test_head_ratios(device, num_query_heads, num_kv_heads, query_len):
 
 # bfloat16 takes float16's path: test_head_dims and test_properties.py cover it.
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("query_len", [1, 5, 40])
+@pytest.mark.parametrize("query_len", [1, 5, 40, 133])
 @pytest.mark.parametrize(
     "options",
     [
@@ -58,7 +61,7 @@ def test_head_ratios(device, num_query_heads, num_kv_heads, query_len):
         {"window": 1},
         {"window": 30},
         {"window": 30, "kv_range": [(80, 100), (0, 64)]},
-        {"window": 1000},
+        {"window": 2**31 - 1},
         {"softcap": 0.5},
         {"softcap": 30.0, "window": 17},
         {"has_sinks": True},
@@ -178,6 +181,31 @@ def test_results_repeat_bitwise(device, query_len):
         output, lse = attention_with_lse(*problem.arguments())
         assert torch.equal(output, first)
         assert torch.equal(lse, first_lse)
+
+
+@pytest.mark.parametrize("query_len", [1, 40])
+def test_sinks_of_any_stride(device, query_len):
+    problem = make_problem(query_len=query_len, device=device)
+    strided = replace(problem, sinks=torch.randn(8, device=device)[::2])
+    expanded = replace(problem, sinks=torch.randn(1, device=device).expand(4))
+    for views in (strided, expanded):
+        check(views)
+
+
+@pytest.mark.parametrize("query_len", [9, 40])
+def test_a_window_past_int32_is_no_window(device, query_len):
+    """More rows than slots, where the first columns are negative."""
+    problem = make_problem(query_len=query_len, kv_len=3, device=device)
+    for window in (2**31 - 1, 2**40):
+        assert torch.equal(attention(*replace(problem, window=window).arguments()), attention(*problem.arguments()))
+
+
+@pytest.mark.parametrize("query_len", [1, 20, 33])
+def test_a_scale_past_float32_picks_the_largest_score(device, query_len):
+    problem = make_problem(query_len=query_len, kv_len=33, num_query_heads=2, is_causal=False, device=device)
+    best = (problem.query @ problem.key.transpose(2, 3)).argmax(dim=3)
+    expected = problem.value.gather(2, best[..., None].expand(-1, -1, -1, 32))
+    assert torch.equal(attention(*replace(problem, scale=1e300).arguments()), expected)
 
 
 @pytest.mark.parametrize("query_len", [1, 33])

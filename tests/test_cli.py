@@ -225,7 +225,6 @@ def test_a_models_sampling_settings_neither_warn_nor_count_in_greedy(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 def test_a_gpu_runs_bfloat16_by_default(model_path: Path) -> None:
     result = run("generate", model_path, "--max-new-tokens", "12", "--compare")
     assert result.exit_code == 0, result.output

@@ -35,6 +35,7 @@ def snapshot(lines: list[str]) -> str:
 
 def test_bad_values() -> None:
     lines = [
+        error_line(""),
         error_line("--prompt", ""),
         error_line("--max-new-tokens", "0"),
         error_line("--temperature", "-1"),
@@ -46,6 +47,8 @@ def test_bad_values() -> None:
     assert_expected_inline(
         snapshot(lines),
         """\
+error: MODEL: expected a model directory or a hub id, got an empty string. Leave it out
+    for the default model.
 error: --prompt: expected some text, got an empty string. Pass the text to continue.
 error: --max-new-tokens: expected 1 or more, got 0. Ask for a token.
 error: --temperature: expected 0 or a positive number, got -1.0. Use 0 for greedy.

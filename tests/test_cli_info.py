@@ -78,23 +78,14 @@ GPUs
   none
 
 Kernels
-  cpu  all  CPU (torch SDPA)  this torch is built without GPU support""",
+  cpu  all  CPU (torch SDPA)  this torch has no GPU support; softcap, sinks, lse: dense float32""",
     )
 
 
 def test_h100() -> None:
-    kernels = (
-        Kernel(
-            "cuda:0",
-            "prefill",
-            "Triton tiled",
-            "over 16 query tokens; sm_90: 128x64 tiles, 8 warps, 3 stages",
-        ),
-        Kernel("cuda:0", "append", "Triton append", "new tokens into a static cache"),
-        Kernel("cpu", "all", "CPU (torch SDPA)", "only for tensors that are on the CPU"),
-    )
+    pytest.importorskip("csrc_free_kernels.tuning", exc_type=ImportError)
     assert_expected_inline(
-        rendered(Info(versions=VERSIONS, gpus=(H100,), kernels=kernels)),
+        rendered(facts(VERSIONS, H100)),
         """\
 Versions
   flashcore     0.1.0
@@ -110,8 +101,9 @@ GPUs
 
 Kernels
   cuda:0  prefill  Triton tiled      over 16 query tokens; sm_90: 128x64 tiles, 8 warps, 3 stages
+  cuda:0  decode   Triton split-KV   up to 16 query tokens; sm_90: 16x64 tiles, 4 warps, 3 stages
   cuda:0  append   Triton append     new tokens into a static cache
-  cpu     all      CPU (torch SDPA)  only for tensors that are on the CPU
+  cpu     all      CPU (torch SDPA)  for tensors on the CPU; softcap, sinks, lse: dense float32
   Tiles (query rows x KV slots) are those of bfloat16 at head dim 128.""",
     )
 
@@ -134,7 +126,7 @@ GPUs
 
 Kernels
   cuda:0  all  none: every call raises  triton is not installed
-  cpu     all  CPU (torch SDPA)         only for tensors that are on the CPU""",
+  cpu     all  CPU (torch SDPA)         for tensors on the CPU; softcap, sinks, lse: dense float32""",
     )
 
 
@@ -145,7 +137,7 @@ def test_a_narrow_terminal_wraps_inside_the_column() -> None:
 
 def test_a_torch_with_gpu_support_that_sees_none() -> None:
     (kernel,) = choose_kernels(VERSIONS, ())
-    assert kernel == Kernel("cpu", "all", "CPU (torch SDPA)", "torch sees no GPU")
+    assert kernel == Kernel("cpu", "all", "CPU (torch SDPA)", "torch sees no GPU; softcap, sinks, lse: dense float32")
 
 
 def test_kernels_are_listed_once_an_architecture_with_its_tiles() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flashcore_ops import attention, attention_with_kv_cache
-from flashcore_ops.errors import DtypeError, GradientError, OptionError, ShapeError
+from flashcore_ops.errors import DeviceError, DtypeError, GradientError, OptionError, ShapeError
 
 
 def random_heads(num_heads: int, num_tokens: int, device: str) -> torch.Tensor:
@@ -41,6 +41,8 @@ def test_merged_heads_equal_split_heads(device):
     )
     assert torch.equal(output, merge_heads(expected))
     assert output.is_contiguous()
+    split, _ = attention_with_kv_cache(query, key, value, past, num_query_heads=4, num_kv_heads=2)
+    assert torch.equal(split, expected)
     assert torch.equal(new_past[0], expected_past[0])
     assert torch.equal(new_past[1], expected_past[1])
 
@@ -78,13 +80,17 @@ def test_bad_input():
         OptionError, match=r"^num_query_heads, num_kv_heads: expected both or neither, got 4 and None\."
     ):
         attention_with_kv_cache(query, key, value, num_query_heads=4)
-    with pytest.raises(ShapeError, match=r"^query: expected \[B, T, H\*D\] with H = 4 heads, got \[2, 4, 2, 32\]\."):
-        attention_with_kv_cache(query, key, value, num_query_heads=4, num_kv_heads=2)
+    with pytest.raises(ShapeError, match=r"^query: expected \[B, T, H\*D\] or \[B, H, T, D\] with H = 8 heads, got "):
+        attention_with_kv_cache(query, key, value, num_query_heads=8, num_kv_heads=2)
     merged = merge_heads(query), merge_heads(key), merge_heads(value)
-    with pytest.raises(ShapeError, match=r"^key: expected \[B, T, H\*D\] with H = 3 heads"):
+    with pytest.raises(ShapeError, match=r"^key: expected \[B, T, H\*D\] or \[B, H, T, D\] with H = 3 heads"):
         attention_with_kv_cache(*merged, num_query_heads=4, num_kv_heads=3)
     with pytest.raises(ShapeError, match=r"^past_key_value\[0\]: expected the batch, heads and head dim"):
         attention_with_kv_cache(query, key, value, (key[:1], value[:1]))
+    with pytest.raises(ShapeError, match=r"^past_key_value: expected a \(key, value\) pair, got 1 entries\."):
+        attention_with_kv_cache(query, key, value, (key,))
+    with pytest.raises(DeviceError, match=r"^past_key_value\[0\]: expected the new tokens' device cpu, got meta\."):
+        attention_with_kv_cache(query, key, value, (key.to("meta"), value.to("meta")))
     with pytest.raises(DtypeError, match=r"^past_key_value\[1\]: expected the new tokens' torch.float32, got "):
         attention_with_kv_cache(query, key, value, (key, value.half()))
     with pytest.raises(GradientError, match=r"torch\.no_grad\(\)"):

@@ -14,6 +14,8 @@ ROOT = Path(__file__).parent.parent
 FORBIDDEN = {
     "csrc_free_kernels": {"flashcore_ops", "transformers", "bench", "tests"},
     "flashcore_ops": {"bench", "tests"},
+    # Integrations know models, not kernels.
+    "flashcore_ops/integrations": {"csrc_free_kernels"},
 }
 
 
@@ -35,7 +37,7 @@ def test_imports_point_downward(package):
         assert not imported_packages(path) & FORBIDDEN[package], path
 
 
-@pytest.mark.parametrize("package", FORBIDDEN)
+@pytest.mark.parametrize("package", ["csrc_free_kernels", "flashcore_ops"])
 def test_no_compiled_sources(package):
     suffixes = {".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".ptx", ".so"}
     assert not [path for path in (ROOT / package).rglob("*") if path.suffix in suffixes]
@@ -43,7 +45,7 @@ def test_no_compiled_sources(package):
 
 def test_kernels_register_no_ops():
     for path in (ROOT / "csrc_free_kernels").glob("*.py"):
-        assert "torch.library" not in path.read_text().replace("``torch.library``", ""), path
+        assert "torch.library" not in path.read_text(), path
 
 
 def test_import_is_light():

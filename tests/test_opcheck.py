@@ -30,13 +30,16 @@ def test_attention(device, op, case):
     opcheck(getattr(torch.ops.flashcore, op).default, problem.arguments())
 
 
+@pytest.mark.parametrize("op", ["attention", "attention_with_lse"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_attention_dtypes(device, dtype):
-    opcheck(torch.ops.flashcore.attention.default, make_problem(dtype=dtype, device=device).arguments())
+def test_attention_dtypes(device, op, dtype):
+    problem = make_problem(dtype=dtype, device=device, has_sinks=True)
+    opcheck(getattr(torch.ops.flashcore, op).default, problem.arguments())
 
 
+@pytest.mark.parametrize("op", ["attention", "attention_with_lse"])
 @pytest.mark.parametrize("layout", ["head-major", "expanded", "sliced"])
-def test_attention_layouts(device, layout):
+def test_attention_layouts(device, op, layout):
     problem = make_problem(device=device)
     query, key, value = problem.query, problem.key, problem.value
     if layout == "head-major":
@@ -45,7 +48,7 @@ def test_attention_layouts(device, layout):
         key, value = key[:1].expand(2, -1, -1, -1), value[:, :1].expand(-1, 2, -1, -1)
     else:
         query, key, value = query[:, :, 1:], key[:, :, :-3], value[:, :, :-3]
-    opcheck(torch.ops.flashcore.attention.default, (query, key, value))
+    opcheck(getattr(torch.ops.flashcore, op).default, (query, key, value))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -56,3 +59,11 @@ def test_append_kv(device, dtype, positions, positions_dtype):
     tokens = [torch.randn(2, 2, 3, dim, dtype=dtype, device=device).transpose(1, 2) for dim in (16, 24)]
     arguments = (*caches, *tokens, torch.tensor(positions, dtype=positions_dtype, device=device))
     opcheck(torch.ops.flashcore.append_kv_.default, arguments)
+
+
+@pytest.mark.parametrize(("batch", "num_tokens", "num_slots"), [(0, 2, 8), (2, 0, 8), (2, 2, 0), (2, 2, 8)], ids=str)
+def test_append_kv_token_major_and_empty(device, batch, num_tokens, num_slots):
+    caches = [torch.randn(batch, num_slots, 3, 16, device=device).transpose(1, 2) for _ in range(2)]
+    tokens = [torch.randn(batch, num_tokens, 3, 16, device=device).transpose(1, 2) for _ in range(2)]
+    positions = torch.zeros(batch, dtype=torch.int64, device=device)
+    opcheck(torch.ops.flashcore.append_kv_.default, (*caches, *tokens, positions))

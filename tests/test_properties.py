@@ -20,6 +20,7 @@ head_dims = st.sampled_from([16, 24, 32, 40, 64, 80])
 def problems(draw: st.DrawFn, device: str) -> Problem:
     num_kv_heads = draw(st.integers(1, 3))
     batch, kv_len = draw(st.integers(1, 3)), draw(st.integers(0, 90))
+    query_len = draw(st.integers(1, 40) | st.just(max(1, kv_len)))
     is_causal = draw(st.booleans())
     bound = st.integers(-5, kv_len + 5)
     torch.manual_seed(draw(st.integers(0, 2**16)))
@@ -27,7 +28,7 @@ def problems(draw: st.DrawFn, device: str) -> Problem:
         batch=batch,
         num_query_heads=num_kv_heads * draw(st.integers(1, 7)),
         num_kv_heads=num_kv_heads,
-        query_len=draw(st.integers(1, 40)),
+        query_len=query_len,
         kv_len=kv_len,
         head_dim=draw(head_dims),
         value_dim=draw(head_dims),
@@ -35,7 +36,7 @@ def problems(draw: st.DrawFn, device: str) -> Problem:
         device=device,
         kv_range=draw(st.none() | st.lists(st.tuples(bound, bound), min_size=batch, max_size=batch)),
         has_sinks=draw(st.booleans()),
-        scale=draw(st.none() | st.floats(-2, 2)),
+        scale=draw(st.sampled_from([None, 0.0, -0.3, 1.5]) | st.floats(-2, 2)),
         is_causal=is_causal,
         window=draw(st.integers(0, 60)) if is_causal else 0,
         softcap=draw(st.sampled_from([0.0, 0.5, 20.0])),
@@ -72,6 +73,8 @@ def test_attention_equals_the_oracle(device):
     def check(problem: Problem, num_splits: int) -> None:
         output, lse = attention_with_lse(*problem.arguments(), num_splits=num_splits)
         assert_as_accurate_as_pytorch(output, lse, problem)
+        if device == "cpu":
+            assert_as_accurate_as_pytorch(attention(*problem.arguments()), None, problem)
 
     check()
 

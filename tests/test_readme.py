@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
@@ -13,6 +15,21 @@ README = (ROOT / "README.md").read_text()
 
 def code_blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_patch_runs(tmp_path: Path):
+    pytest.importorskip("transformers")
+    from flashcore_ops.integrations.transformers import is_patched
+    from tests.integrations.models import PROMPT_LEN, make_batch, make_model
+
+    make_model("llama").save_pretrained(tmp_path)
+    (block,) = [block for block in code_blocks("python") if "replace_llama" in block]
+    assert block.count('.to("cuda")') == block.count("\nmodel.generate(") == 1
+    block = block.replace('.to("cuda")', '.to("cpu")').replace("\nmodel.generate(", "\ntokens = model.generate(")
+    names: dict[str, Any] = {"path": tmp_path, "inputs": make_batch()}
+    exec(block, names)
+    assert is_patched(names["model"])
+    assert names["tokens"].shape == (1, PROMPT_LEN + 100)
 
 
 def test_the_op_by_itself_runs():

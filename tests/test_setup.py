@@ -101,6 +101,25 @@ def test_changed_requirements_and_moved_checkouts_are_stale(tmp_path: Path, monk
     assert setup_env.fingerprint(venv) != before
 
 
+def test_another_python_version_is_stale(tmp_path: Path, installs: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    venv = tmp_path / "venv"
+    for version, made in [((3, 11, 1), 1), ((3, 11, 9), 1), ((3, 12, 0), 2)]:
+        monkeypatch.setattr(sys, "version_info", (*version, "final", 0))
+        assert setup_env.main([str(venv)]) == 0
+        assert len(installs) == made
+
+
+def test_where_the_interpreter_lies_does_not_matter(
+    tmp_path: Path, installs: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    venv = tmp_path / "venv"
+    assert setup_env.main([str(venv)]) == 0
+    monkeypatch.setattr(sys, "executable", str(setup_env.venv_python(venv)))
+    monkeypatch.setattr(sys, "_base_executable", "/another/python", raising=False)
+    assert setup_env.main([str(venv)]) == 0
+    assert len(installs) == 1
+
+
 @pytest.mark.parametrize(("asks", "pinned"), [(True, False), (False, True)])
 def test_triton_is_pinned_only_where_torch_asks_for_none(
     monkeypatch: pytest.MonkeyPatch, asks: bool, pinned: bool

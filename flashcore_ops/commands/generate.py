@@ -39,6 +39,13 @@ class GenerateRequest:
 
     def check(self) -> None:
         """Raises OptionError for a value that can be refused before a model is loaded."""
+        if self.model == "":
+            raise OptionError.explain(
+                "MODEL",
+                expected="a model directory or a hub id",
+                got="an empty string",
+                fix="Leave it out for the default model.",
+            )
         if not self.prompt:
             raise OptionError.explain(
                 "--prompt", expected="some text", got="an empty string", fix="Pass the text to continue."
@@ -101,7 +108,7 @@ def run_generate(request: GenerateRequest) -> bool:
 def generate_and_compare(request: GenerateRequest, *, device: torch.device, dtype: torch.dtype) -> bool:
     """What run_generate does once the request is known to be sound."""
     console = stderr_console()
-    name = request.model or str(default_model_path())
+    name = str(default_model_path()) if request.model is None else request.model
     # A download from the hub draws its own progress bars.
     with console.status("Loading the model") if Path(name).is_dir() else nullcontext():
         model, tokenizer = load_model(name, dtype=dtype, device=device)

@@ -17,11 +17,11 @@ from rich.table import Table
 from rich.text import Text
 
 import flashcore_ops
+from flashcore_ops.commands.peak_memory import GIB
 
 if TYPE_CHECKING:
     from csrc_free_kernels.tuning import Tiles
 
-GIB = 2**30
 # The shape that the tiles are shown for; every other shape has its own.
 SHOWN_DTYPE = torch.bfloat16
 SHOWN_HEAD_DIM = 128
@@ -180,12 +180,12 @@ def describe_tiles(tiles: Tiles) -> str:
 def cpu_kernel(versions: Versions, gpus: tuple[Gpu, ...]) -> Kernel:
     """The CPU's kernels, which need nothing but torch."""
     if gpus:
-        reason = "only for tensors that are on the CPU"
+        reason = "for tensors on the CPU"
     elif versions.gpu_runtime is None:
-        reason = "this torch is built without GPU support"
+        reason = "this torch has no GPU support"
     else:
         reason = "torch sees no GPU"
-    return Kernel("cpu", "all", "CPU (torch SDPA)", reason)
+    return Kernel("cpu", "all", "CPU (torch SDPA)", f"{reason}; softcap, sinks, lse: dense float32")
 
 
 def render_info(info: Info) -> RenderableType:

@@ -65,15 +65,16 @@ def dense_attention(
     Raises:
         MaskError: attention_mask has another dtype or shape.
     """
+    _check_shape(attention_mask, query, key)
     if attention_mask.dtype == torch.uint8:
         attention_mask = attention_mask.bool()
     else:
-        _check_user_mask(attention_mask, query, key)
+        _check_dtype(attention_mask, query)
         warn_dense_path("a 4-D attention mask was passed")
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
 
 
-def _check_user_mask(attention_mask: Tensor, query: Tensor, key: Tensor) -> None:
+def _check_dtype(attention_mask: Tensor, query: Tensor) -> None:
     if attention_mask.dtype not in (torch.bool, query.dtype):
         raise MaskError.explain(
             "attention_mask",
@@ -81,6 +82,9 @@ def _check_user_mask(attention_mask: Tensor, query: Tensor, key: Tensor) -> None
             got=f"{attention_mask.dtype}",
             fix="Cast it with .to(dtype).",
         )
+
+
+def _check_shape(attention_mask: Tensor, query: Tensor, key: Tensor) -> None:
     shape = (*query.shape[:3], key.shape[2])
     sizes = zip(attention_mask.shape, shape, strict=False)
     if attention_mask.dim() != 4 or any(size not in (1, full) for size, full in sizes):

@@ -8,13 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from flashcore_ops.checks import (
-    HEAD_DIM_STEP,
-    MAX_HEAD_DIM,
-    MIN_HEAD_DIM,
-    SUPPORTED_DTYPES,
-    is_supported_head_dim,
-)
+from flashcore_ops.checks import HEAD_DIM_RULE, SUPPORTED_DTYPES, is_supported_head_dim
 from flashcore_ops.errors import DtypeError, UnsupportedModelError
 
 
@@ -68,8 +62,7 @@ def _check_settings(host: PreTrainedModel, family: Family) -> None:
     config: Any = host.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if not is_supported_head_dim(head_dim):
-        supported = f"a multiple of {HEAD_DIM_STEP} from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}"
-        raise _unsupported("head_dim", expected=supported, got=str(head_dim))
+        raise _unsupported("head_dim", expected=HEAD_DIM_RULE, got=str(head_dim))
     if host.training and config.attention_dropout > 0:
         raise _unsupported(
             "attention_dropout",

@@ -3,11 +3,12 @@
 A causal mask, windowed or not, with padding on the left only, travels as int32 `[B, 1, 1, 2]`: the (start, end)
 of each row's `kv_range`. transformers hands 4-D masks on untouched, so this channel reaches the attention
 function through the model, `generate` and accelerate's hooks alike. Any other mask travels as uint8
-`[B, 1, Q, S]` and takes the dense path; a user's own 4-D mask is bool or float, so uint8 is known to be ours.
+`[B, 1, Q, S]` and takes the dense path; a user's own 4-D mask is bool or float, so uint8 is taken to be ours.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -30,8 +31,10 @@ NOT_LEFT_PADDING = "the attention mask has right padding or holes"
 NOT_CAUSAL = "the mask is not plainly causal (packed sequences, a custom mask function, bidirectional attention)"
 _FIX = "Only causal masks with padding on the left can be served here: run this batch without torch.compile."
 
-# Shape of the last mask that was found left-padded, by the identity of its model's config and the window.
-_left_padded: dict[tuple[int, int | None], tuple[int, int]] = {}
+# By window, the shape of the last mask that was found left-padded.
+Records = dict[int | None, tuple[int, int]]
+# By the identity of a model's config, which cannot be hashed.
+_left_padded: dict[int, Records] = {}
 
 
 def create_fcore_mask(
@@ -106,7 +109,7 @@ def create_fcore_mask(
     if is_traced:
         torch._assert_async(is_left_padded, f"flashcore: {NOT_LEFT_PADDING}. {_FIX}")
         return _pack(start, end)
-    if not _is_left_padded(is_left_padded, attention_mask, q_length, key=(id(config), local_size)):
+    if not _is_left_padded(is_left_padded, attention_mask, q_length, _records_of(config), local_size):
         return create_dense_mask(NOT_LEFT_PADDING, **place, **content)
     if fills_slots and not _reading_waits(start) and not start.any():
         return None
@@ -185,20 +188,32 @@ def _left_padding(padding_mask: Tensor, end: int | Tensor) -> tuple[Tensor, Tens
     return start, (tokens == ((slots >= start[:, None]) & (slots < end))).all()
 
 
-def _is_left_padded(is_left_padded: Tensor, attention_mask: Tensor, q_length: int, key: tuple[int, int | None]) -> bool:
+def _records_of(config: PreTrainedConfig | None) -> Records:
+    """One model's records. They go when its config does, before another object can have its identity."""
+    key = id(config)
+    if key not in _left_padded:
+        _left_padded[key] = {}
+        if config is not None:
+            weakref.finalize(config, _left_padded.pop, key, None)
+    return _left_padded[key]
+
+
+def _is_left_padded(
+    is_left_padded: Tensor, attention_mask: Tensor, q_length: int, records: Records, window: int | None
+) -> bool:
     """Reads the flag, except at the decode steps that follow a left-padded mask, where reading it has a price.
 
     By its shape such a step goes on with the same batch, and is left-padded too. Should it be another batch with
     another mask, the device raises.
     """
     batch_size, width = attention_mask.shape
-    is_successor = _left_padded.get(key) in ((batch_size, width), (batch_size, width - 1))
+    is_successor = records.get(window) in ((batch_size, width), (batch_size, width - 1))
     if q_length == 1 and is_successor and _reading_waits(attention_mask):
         torch._assert_async(is_left_padded, f"flashcore: {NOT_LEFT_PADDING}, which its prefill had not.")
     elif not is_left_padded:
-        _left_padded.pop(key, None)
+        records.pop(window, None)
         return False
-    _left_padded[key] = (batch_size, width)
+    records[window] = (batch_size, width)
     return True
 
 

@@ -21,7 +21,8 @@ def replace_llama_attention_with_flashcore(model: Model) -> Model:
 
     The model and its submodules get a private copy of their config, so models made from the same config object,
     and copies made before, stay as they are. Nothing of it is saved with the model. Calls need
-    `torch.no_grad()`; `generate` brings it along.
+    `torch.no_grad()`; `generate` brings it along. The private copy, `model.config`, names FlashCore as its attention:
+    to build an unpatched twin, use the original config object or call `restore_attention` first.
 
     Args:
         model: a transformers model with any head, or a wrapper around one, such as PEFT's; changed in place.

@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 
+CUDA_BIN = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
+SANITIZER = shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}{os.pathsep}{CUDA_BIN}")
+
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not on the PATH"),
+    pytest.mark.skipif(SANITIZER is None, reason="compute-sanitizer is neither on the PATH nor in CUDA_HOME"),
 ]
 
 HOSTILE_CALLS = """
@@ -26,11 +29,12 @@ batch = len(hostile)
 for query_len, window, head_dim in [(1, 0, 64), (1, 5, 24), (3, 0, 64), (20, 0, 24), (150, 5, 64), (150, 0, 64)]:
     query = torch.randn(batch, 6, query_len, head_dim, device="cuda", dtype=torch.float16)
     key, value = (torch.randn(batch, 2, 41, head_dim, device="cuda", dtype=torch.float16) for _ in "kv")
+    sinks = torch.randn(1, device="cuda").expand(6)
     for num_splits in (2, 1):
-        attention_with_lse(query, key, value, kv_range, window=window, num_splits=num_splits)
+        attention_with_lse(query, key, value, kv_range, window=window, sinks=sinks, num_splits=num_splits)
 key_cache, value_cache = (torch.zeros(6, 2, 41, 24, device="cuda") for _ in "kv")
 key, value = torch.randn(2, 6, 2, 3, 24, device="cuda").unbind()
-positions = torch.tensor([-2, 40, 41, -100, INT64.max, INT64.min], device="cuda")
+positions = torch.tensor([-2, 0, 40, 0, 41, 0, -100, 0, INT64.max, 0, INT64.min], device="cuda")[::2]
 append_kv_(key_cache, value_cache, key, value.clone(), positions)
 torch.cuda.synchronize()
 print("all calls ran")
@@ -39,7 +43,7 @@ print("all calls ran")
 
 def test_no_access_out_of_bounds():
     finished = subprocess.run(
-        ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-c", HOSTILE_CALLS],
+        [str(SANITIZER), "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-c", HOSTILE_CALLS],
         # Without torch's caching every tensor is an allocation of its own, whose bounds the tool knows.
         env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         cwd=Path(__file__).parent.parent.parent,

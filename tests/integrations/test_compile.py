@@ -87,12 +87,14 @@ def test_compiled_logits_are_those_of_eager(family: str, cache: str, backend: st
 def test_decoding_with_a_static_cache_does_not_recompile() -> None:
     model, recorder = patch(make_model()), Recorder()
     compiled = torch.compile(model, fullgraph=True, backend=recorder)
-    past, mask = static_cache(model), torch.ones(1, 40, dtype=torch.int64)
-    ids = make_batch()["input_ids"]
+    ids, steps = make_batch()["input_ids"], 64
+    length = ids.shape[1] + steps
+    past, mask = static_cache(model, max_cache_len=length), torch.ones(1, length, dtype=torch.int64)
     model(ids, attention_mask=mask, past_key_values=past)
-    for step in range(13, 40):
+    for step in range(ids.shape[1], length):
         position = torch.tensor([[step]])
         compiled(ids[:, :1], attention_mask=mask, position_ids=position, past_key_values=past)
+    assert int(past.get_seq_length()) == length
     assert len(recorder.graphs) == 1
     assert recorder.count("flashcore.attention") == 2
 

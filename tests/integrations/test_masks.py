@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from typing import Any
 
 import pytest
+
+pytest.importorskip("hypothesis")
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -211,6 +215,15 @@ def test_a_fixed_width_mask_serves_a_static_cache(device: str) -> None:
     assert torch.cat(made, dim=1).tolist() == expected.tolist()
 
 
+def test_a_models_record_goes_with_it() -> None:
+    model = patch(make_model("qwen2-window"))
+    model(**make_batch("left-padded"))
+    assert list(masks._left_padded) == [id(model.config)]
+    del model
+    gc.collect()
+    assert masks._left_padded == {}
+
+
 class TestDecodeStepsOnAGpu:
     """Reading a mask on the host waits for the GPU, so decode steps leave the check to the device.
 
@@ -287,6 +300,7 @@ class TestDecodeStepsOnAGpu:
         (torch.ones(2, 13), r"expected \[B, L\] with B = 1"),
         (torch.ones(1, 3, 13), r"expected \[B, L\] with B = 1"),
         (torch.ones(1, 1, 13, 12, dtype=torch.bool), r"broadcasts to \[B, Hq, Q, S\]"),
+        (torch.ones(1, 1, 13, 12, dtype=torch.uint8), r"broadcasts to \[B, Hq, Q, S\]"),
         (torch.ones(1, 1, 13, 13, dtype=torch.int64), "dtype bool"),
         (torch.ones(1, 1, 13, 13, dtype=torch.float16), "dtype bool"),
         (torch.ones(1, 1, 13, 13, dtype=torch.int32), "2-D padding mask"),

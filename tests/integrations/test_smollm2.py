@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 
-from flashcore_ops.default_model import DefaultModelError, default_model_path
-from flashcore_ops.errors import MissingDependencyError
 from flashcore_ops.integrations.transformers import replace_llama_attention_with_flashcore as patch
 from flashcore_ops.integrations.transformers import restore_attention
 from tests.conftest import DEVICES
@@ -41,15 +40,12 @@ class Runs(NamedTuple):
 
 
 @pytest.fixture(scope="module", params=DEVICES)
-def loaded(request: pytest.FixtureRequest) -> Loaded:
+def loaded(request: pytest.FixtureRequest, real_model: Path) -> Loaded:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    try:
-        path = default_model_path()
-    except (DefaultModelError, MissingDependencyError) as error:
-        pytest.skip(f"no default model: {error}")
-    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
-    return Loaded(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(request.param), tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(real_model, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(real_model, dtype=torch.float32).to(request.param)
+    return Loaded(model, tokenizer)
 
 
 def _run_both(loaded: Loaded, prompts: list[str], num_tokens: int) -> Runs:

@@ -7,6 +7,7 @@ their own, since the interpreter must be chosen before triton is first imported.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +25,12 @@ elif torch.cuda.is_available():
     collect_ignore = ["test_interpreter.py"]
 else:
     collect_ignore = LAUNCHING
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.parent == Path(__file__).parent and item.path.name in LAUNCHING and not IS_INTERPRETED:
+            item.add_marker(pytest.mark.gpu)
 
 
 @pytest.fixture
