@@ -91,14 +91,15 @@ def has_nvidia_gpu() -> bool:
 
 
 def fingerprint(venv: Path) -> str:
-    """Returns a digest of what the environment depends on: requirements, machine, this file, its own path.
+    """Returns a digest of what the environment depends on: requirements, machine, Python, this file, its own path.
 
-    The path counts because scripts and the editable install hold it: a moved checkout needs a new one.
+    The path counts because scripts and the editable install hold it: a moved checkout needs a new one. Of Python
+    only the version counts, not where it lies: a set-up run by the environment's own interpreter finds it current.
     """
     import tomllib
 
     pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    parts = [str(venv), str(has_nvidia_gpu()), Path(__file__).read_text()]
+    parts = [str(venv), str(has_nvidia_gpu()), str(sys.version_info[:2]), Path(__file__).read_text()]
     parts += [json.dumps(pyproject[table], sort_keys=True) for table in ("build-system", "project")]
     parts += [file.read_text() for file in sorted((ROOT / "constraints").glob("*.txt"))]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
