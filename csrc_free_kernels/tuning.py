@@ -40,8 +40,8 @@ _FLOAT32_DECODE: Table = {
     (256, 4): Tiles(16, 16, 8, 1),
 }
 _DECODE: dict[str, Table] = {
-    "hopper": {(64, 2): Tiles(64, 64, 4, 3), (128, 2): Tiles(64, 64, 4, 3), (256, 2): Tiles(32, 32, 4, 3)},
-    "ampere": {(64, 2): Tiles(64, 64, 4, 3), (128, 2): Tiles(64, 64, 4, 3), (256, 2): Tiles(32, 32, 4, 3)},
+    "hopper": {(64, 2): Tiles(64, 32, 4, 4), (128, 2): Tiles(64, 32, 4, 4), (256, 2): Tiles(32, 32, 4, 3)},
+    "ampere": {(64, 2): Tiles(64, 32, 4, 4), (128, 2): Tiles(64, 32, 4, 4), (256, 2): Tiles(32, 32, 4, 3)},
     "small": {(64, 2): Tiles(64, 64, 4, 2), (128, 2): Tiles(32, 64, 4, 2), (256, 2): Tiles(32, 32, 4, 2)},
 }
 # Every other GPU gets the tables that fit 64 KB of shared memory.
@@ -82,7 +82,7 @@ def decode_tiles(arch: str, dtype: torch.dtype, head_dim: int, num_rows: int) ->
 
     Example:
         >>> decode_tiles("sm_90", torch.bfloat16, 128, num_rows=4)
-        Tiles(block_m=16, block_n=64, num_warps=4, num_stages=3)
+        Tiles(block_m=16, block_n=32, num_warps=4, num_stages=4)
     """
     table = _DECODE[_GENERATION.get(arch, "small")] | _FLOAT32_DECODE
     largest = table[_table_key(dtype, head_dim)]
