@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -10,13 +11,15 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from flashcore_ops import append_kv_, attention, attention_with_lse
+import flashcore_ops
+from flashcore_ops import append_kv_, attention, attention_with_lse, ops
 from flashcore_ops.errors import (
     DeviceError,
     DtypeError,
     FlashCoreError,
     GradientError,
     LayoutError,
+    MissingDependencyError,
     OptionError,
     ShapeError,
 )
@@ -342,6 +345,16 @@ def test_mixed_devices_meta(name):
     arguments[name] = arguments[name].to("meta")
     with pytest.raises(DeviceError, match=rf"^{name}: expected query's device cpu, got meta\."):
         attention(**arguments)
+
+
+def test_a_gpu_without_triton_is_told_to_install_it(monkeypatch):
+    monkeypatch.delitem(sys.modules, "flashcore_ops.cuda", raising=False)
+    monkeypatch.delattr(flashcore_ops, "cuda", raising=False)
+    monkeypatch.setitem(sys.modules, "csrc_free_kernels", None)
+    with pytest.raises(
+        MissingDependencyError, match=r"^flashcore: expected triton, for tensors on a GPU, got .*3\.6\.$"
+    ):
+        ops._cuda_kernels()
 
 
 def test_rejected_append_writes_nothing():
