@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flashcore_ops.checks import dtype_name
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -84,7 +86,7 @@ class Case:
             "Hq": self.num_query_heads,
             "Hkv": self.num_kv_heads,
             "D": self.head_dim,
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": dtype_name(self.dtype),
         }
 
     def random_inputs(self, generator: torch.Generator) -> Inputs:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from csrc_free_kernels import masks, softmax
-from csrc_free_kernels.tuning import SLOTS_PER_SHARE, Tiles, dot_dtype
+from csrc_free_kernels.tuning import SLOTS_PER_SHARE, Tiles
 
 _SHARE = tl.constexpr(SLOTS_PER_SHARE)
 
@@ -93,7 +93,7 @@ def _decode_kernel(
     p_v = p_v + o_first[:, None] * stride_value[2] + o_dv[None, :]
 
     # [BLOCK_M, BLOCK_D]
-    b_q = softmax.sign_query(masks.load_tile(p_q, m_row, m_d, True, MASK_D).to(DOT_DTYPE), QUERY_SIGN)
+    b_q = softmax.sign_query(masks.load_tile(p_q, m_row, m_d, MASK_D).to(DOT_DTYPE), QUERY_SIGN)
     b_o = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
     b_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
@@ -102,8 +102,8 @@ def _decode_kernel(
         m_slot = o_slot < split_high
         first = tl.cast(i_n, tl.int64)
         # [BLOCK_N, BLOCK_D] and [BLOCK_N, BLOCK_DV]
-        b_k = masks.load_tile(p_k + first * stride_key[2], m_slot, m_d, True, MASK_D).to(DOT_DTYPE)
-        b_v = masks.load_tile(p_v + first * stride_value[2], m_slot, m_dv, True, MASK_DV).to(DOT_DTYPE)
+        b_k = masks.load_tile(p_k + first * stride_key[2], m_slot, m_d, MASK_D).to(DOT_DTYPE)
+        b_v = masks.load_tile(p_v + first * stride_value[2], m_slot, m_dv, MASK_DV).to(DOT_DTYPE)
         b_s = softmax.scores(b_q, b_k, before_cap, softcap, HAS_SOFTCAP)
         # The bounds of a single token are its whole mask.
         b_s = masks.mask_scores(
@@ -158,7 +158,7 @@ def _combine_kernel(
     o_split = tl.arange(0, BLOCK_SPLITS)
     p_max = p_partial_max + o_split.to(tl.int64) * num_rows + i_row
     b_max = tl.max(tl.load(p_max, mask=o_split < num_splits, other=float("-inf")), 0)
-    b_ref = tl.where(b_max == float("-inf"), 0.0, b_max)
+    b_ref = softmax.finite(b_max)
 
     o_dv = tl.arange(0, BLOCK_DV)
     m_dv = o_dv < Dv
@@ -255,7 +255,7 @@ def decode_attention(
         QUERY_SIGN=scores.query_sign,
         IS_SINGLE_TOKEN=query_len == 1,
         IS_SPLIT=is_split,
-        DOT_DTYPE=dot_dtype(query.dtype),
+        DOT_DTYPE=softmax.dot_dtype(query.dtype),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )

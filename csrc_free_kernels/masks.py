@@ -41,13 +41,9 @@ def mask_scores(b_s, o_slot, o_column, low, high, window, IS_CAUSAL: tl.constexp
 
 
 @triton.jit
-def load_tile(p_tile, m_n, m_d, MASK_N: tl.constexpr, MASK_D: tl.constexpr):
+def load_tile(p_tile, m_n, m_d, MASK_D: tl.constexpr):
     """[BLOCK_N, BLOCK_D] with 0 where masked: an unseen slot may hold NaN, and 0 * NaN is NaN."""
-    if MASK_N and MASK_D:
+    if MASK_D:
         return tl.load(p_tile, mask=m_n[:, None] & m_d[None, :], other=0.0)
-    elif MASK_N:
-        return tl.load(p_tile, mask=m_n[:, None], other=0.0)
-    elif MASK_D:
-        return tl.load(p_tile, mask=m_d[None, :], other=0.0)
     else:
-        return tl.load(p_tile)
+        return tl.load(p_tile, mask=m_n[:, None], other=0.0)

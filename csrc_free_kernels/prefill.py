@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from csrc_free_kernels import masks, softmax
-from csrc_free_kernels.tuning import Tiles, dot_dtype
+from csrc_free_kernels.tuning import Tiles
 
 
 @triton.jit(do_not_specialize=["B", "Hq", "G", "Q", "S", "window"])
@@ -70,7 +70,7 @@ def _prefill_kernel(
     p_v = p_v + o_first[:, None] * stride_value[2] + o_dv[None, :]
 
     # [BLOCK_M, BLOCK_D]
-    b_q = softmax.sign_query(masks.load_tile(p_q, m_row, m_d, True, MASK_D).to(DOT_DTYPE), QUERY_SIGN)
+    b_q = softmax.sign_query(masks.load_tile(p_q, m_row, m_d, MASK_D).to(DOT_DTYPE), QUERY_SIGN)
     b_o = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
     b_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
@@ -94,8 +94,8 @@ def _prefill_kernel(
         m_slot = o_slot < high
         first = tl.cast(i_n, tl.int64)
         # [BLOCK_N, BLOCK_D] and [BLOCK_N, BLOCK_DV]
-        b_k = masks.load_tile(p_k + first * stride_key[2], m_slot, m_d, True, MASK_D).to(DOT_DTYPE)
-        b_v = masks.load_tile(p_v + first * stride_value[2], m_slot, m_dv, True, MASK_DV).to(DOT_DTYPE)
+        b_k = masks.load_tile(p_k + first * stride_key[2], m_slot, m_d, MASK_D).to(DOT_DTYPE)
+        b_v = masks.load_tile(p_v + first * stride_value[2], m_slot, m_dv, MASK_DV).to(DOT_DTYPE)
         b_s = softmax.scores(b_q, b_k, before_cap, softcap, HAS_SOFTCAP)
         if (i_n < full_low) | (i_n + BLOCK_N > full_high):
             b_s = masks.mask_scores(b_s, o_slot, o_column, low, high, window, IS_CAUSAL, HAS_WINDOW)
@@ -164,7 +164,7 @@ def prefill_attention(
         HAS_WINDOW=window > 0,
         HAS_SOFTCAP=softcap > 0,
         QUERY_SIGN=scores.query_sign,
-        DOT_DTYPE=dot_dtype(query.dtype),
+        DOT_DTYPE=softmax.dot_dtype(query.dtype),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )

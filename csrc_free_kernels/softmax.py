@@ -3,8 +3,10 @@
 import math
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
+from triton import knobs
 
 _LOG2E = tl.constexpr(math.log2(math.e))
 
@@ -42,6 +44,16 @@ def score_scale(scale: float, softcap: float) -> ScoreScale:
         before_cap = min(magnitude / softcap, 2.0**120)
         return ScoreScale(query_sign, before_cap=before_cap, softcap=softcap, to_natural=1.0)
     return ScoreScale(query_sign, before_cap=0.0, softcap=0.0, to_natural=magnitude)
+
+
+def dot_dtype(dtype: torch.dtype) -> tl.dtype:
+    """The dtype of a kernel's matrix products: the tensors' own, but float32 for bfloat16 in the interpreter.
+
+    The interpreter runs on numpy, which has no bfloat16.
+    """
+    if dtype == torch.bfloat16 and knobs.runtime.interpret:
+        return tl.float32
+    return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[dtype]
 
 
 @triton.jit
@@ -87,7 +99,7 @@ def update(b_s, b_o, b_max, b_sum, to_log2):
     The maximum is subtracted before the factor is multiplied in: the weights that count then round least.
     """
     b_new_max = tl.maximum(b_max, tl.max(b_s, 1))
-    b_ref = _finite(b_new_max)
+    b_ref = finite(b_new_max)
     b_p = tl.exp2((b_s - b_ref[:, None]) * to_log2)
     b_decay = tl.exp2((b_max - b_ref) * to_log2)
     return b_p, b_o * b_decay[:, None], b_new_max, b_sum * b_decay + tl.sum(b_p, 1)
@@ -124,7 +136,7 @@ def finish(b_o, b_max, b_sum, b_sink, to_natural):
     """The normalised output and the natural log of the denominator, b_sink (-inf for none) included."""
     b_max = b_max * to_natural
     b_all_max = tl.maximum(b_max, b_sink)
-    b_ref = _finite(b_all_max)
+    b_ref = finite(b_all_max)
     b_decay = tl.exp(b_max - b_ref)
     b_total = b_sum * b_decay + tl.exp(b_sink - b_ref)
     b_o = b_o * tl.div_rn(b_decay, tl.where(b_total == 0, 1.0, b_total))[:, None]
@@ -142,6 +154,6 @@ def load_sinks(p_sinks, o_head, m_head):
 
 
 @triton.jit
-def _finite(b_max):
+def finite(b_max):
     # A row that has seen nothing keeps -inf, and -inf - -inf is NaN.
     return tl.where(b_max == float("-inf"), 0.0, b_max)

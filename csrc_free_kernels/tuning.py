@@ -6,8 +6,6 @@ import functools
 from dataclasses import dataclass, replace
 
 import torch
-import triton.language as tl
-from triton import knobs
 
 
 @dataclass(frozen=True)
@@ -58,12 +56,12 @@ _WAVES = 2
 
 def architecture(device: torch.device) -> str:
     """The GPU architecture of a CUDA or ROCm device, such as "sm_90" or "gfx942"."""
-    return _device_facts(device.index if device.index is not None else torch.cuda.current_device())[0]
+    return _device_facts(device)[0]
 
 
 def num_multiprocessors(device: torch.device) -> int:
     """Streaming multiprocessors (compute units) of a device."""
-    return _device_facts(device.index if device.index is not None else torch.cuda.current_device())[1]
+    return _device_facts(device)[1]
 
 
 def prefill_tiles(arch: str, dtype: torch.dtype, head_dim: int) -> Tiles:
@@ -110,18 +108,12 @@ def bound_num_splits(num_splits: int, kv_len: int) -> int:
     return max(1, min(num_splits, kv_len // SLOTS_PER_SHARE, _MAX_SPLITS))
 
 
-def dot_dtype(dtype: torch.dtype) -> tl.dtype:
-    """The dtype of a kernel's matrix products: the tensors' own, but float32 for bfloat16 in the interpreter.
-
-    The interpreter runs on numpy, which has no bfloat16.
-    """
-    if dtype == torch.bfloat16 and knobs.runtime.interpret:
-        return tl.float32
-    return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[dtype]
+def _device_facts(device: torch.device) -> tuple[str, int]:
+    return _facts_of(device.index if device.index is not None else torch.cuda.current_device())
 
 
 @functools.cache
-def _device_facts(index: int) -> tuple[str, int]:
+def _facts_of(index: int) -> tuple[str, int]:
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip:
         return properties.gcnArchName.split(":")[0], properties.multi_processor_count

@@ -26,6 +26,16 @@ def is_supported_head_dim(head_dim: int) -> bool:
     return MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM and head_dim % HEAD_DIM_STEP == 0
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype without its module.
+
+    Example:
+        >>> dtype_name(torch.bfloat16)
+        'bfloat16'
+    """
+    return str(dtype).removeprefix("torch.")
+
+
 def check_attention(
     query: Tensor,
     key: Tensor,
@@ -126,14 +136,14 @@ def _check_tensors(*tensors: Tensor, names: tuple[str, ...]) -> None:
             raise DtypeError.explain(
                 name,
                 expected="float16, bfloat16 or float32",
-                got=str(tensor.dtype).removeprefix("torch."),
+                got=dtype_name(tensor.dtype),
                 fix="Cast it with .to(dtype).",
             )
         if tensor.dtype != first.dtype:
             raise DtypeError.explain(
                 name,
-                expected=f"{names[0]}'s dtype {str(first.dtype).removeprefix('torch.')}",
-                got=str(tensor.dtype).removeprefix("torch."),
+                expected=f"{names[0]}'s dtype {dtype_name(first.dtype)}",
+                got=dtype_name(tensor.dtype),
                 fix=f"Cast it with .to({names[0]}.dtype).",
             )
         if tensor.device != first.device:
@@ -189,10 +199,8 @@ def _check_small(
             name, expected=f"shape {list(shape)}", got=f"{list(tensor.shape)}", fix=f"Pass {name} as {list(shape)}."
         )
     if tensor.dtype not in dtypes:
-        names = " or ".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in dtypes))
-        raise DtypeError.explain(
-            name, expected=names, got=str(tensor.dtype).removeprefix("torch."), fix="Cast it with .to(dtype)."
-        )
+        names = " or ".join(dict.fromkeys(dtype_name(dtype) for dtype in dtypes))
+        raise DtypeError.explain(name, expected=names, got=dtype_name(tensor.dtype), fix="Cast it with .to(dtype).")
     if tensor.device != device:
         raise DeviceError.explain(
             name,

@@ -128,14 +128,7 @@ def test_views_that_no_wide_load_can_serve(device, dtype, query_len, kv_len, hea
     """Odd strides and offsets: tiles go through registers instead of asynchronous copies."""
     options = {"is_causal": False, "softcap": 20.0, "value_dim": 32}
     problem = make_problem(query_len=query_len, kv_len=kv_len, head_dim=head_dim, dtype=dtype, device=device, **options)
-
-    def view(tensor: torch.Tensor) -> torch.Tensor:
-        larger = tensor.new_full([size + 3 for size in tensor.shape], torch.nan)
-        inner = larger[1:-2, 2:-1, 1:-2, 3:]
-        return inner.copy_(tensor)
-
-    views = replace(problem, query=view(problem.query), key=view(problem.key), value=view(problem.value))
-    check(views)
+    check(problem.inside_larger())
 
 
 def test_output_is_stored_token_major(device):

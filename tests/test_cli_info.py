@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
-import pytest
 import torch
 from click.testing import Result
 from rich.console import Console
 from typer.testing import CliRunner
 
+from csrc_free_kernels import tuning
 from flashcore_ops.cli import app
 from flashcore_ops.commands.info import Gpu, Info, Kernel, Versions, choose_kernels, render_info, to_json
 from tests.snapshots import assert_expected_inline
@@ -24,15 +25,7 @@ VERSIONS = Versions(
     gpu_runtime="CUDA 13.0",
     gpu_driver="580.95.05",
 )
-NO_TRITON = Versions(
-    flashcore="0.1.0",
-    python="3.12.3",
-    torch="2.11.0",
-    triton=None,
-    transformers="5.17.0",
-    gpu_runtime="CUDA 13.0",
-    gpu_driver=None,
-)
+NO_TRITON = replace(VERSIONS, torch="2.11.0", triton=None, gpu_driver=None)
 CPU_ONLY = Versions(
     flashcore="0.1.0",
     python="3.11.7",
@@ -83,7 +76,6 @@ Kernels
 
 
 def test_h100() -> None:
-    pytest.importorskip("csrc_free_kernels.tuning", exc_type=ImportError)
     assert_expected_inline(
         rendered(facts(VERSIONS, H100)),
         """\
@@ -141,7 +133,6 @@ def test_a_torch_with_gpu_support_that_sees_none() -> None:
 
 
 def test_kernels_are_listed_once_an_architecture_with_its_tiles() -> None:
-    tuning = pytest.importorskip("csrc_free_kernels.tuning", exc_type=ImportError)
     kernels = choose_kernels(VERSIONS, (H100, A100, H100))
     assert [(row.tensors_on, row.operation) for row in kernels] == [
         ("cuda:0,2", "prefill"),

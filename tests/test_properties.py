@@ -41,25 +41,13 @@ def problems(draw: st.DrawFn, device: str) -> Problem:
         window=draw(st.integers(0, 60)) if is_causal else 0,
         softcap=draw(st.sampled_from([0.0, 0.5, 20.0])),
     )
-    return draw(st.sampled_from([problem, head_major(problem), inside_larger(problem)]))
+    return draw(st.sampled_from([problem, head_major(problem), problem.inside_larger()]))
 
 
 def head_major(problem: Problem) -> Problem:
     return Problem(
         problem.query.contiguous(), problem.key.contiguous(), problem.value.contiguous(), *problem.arguments()[3:]
     )
-
-
-def inside_larger(problem: Problem) -> Problem:
-    """The same tensors as views of larger ones that are NaN elsewhere."""
-
-    def view(tensor: torch.Tensor) -> torch.Tensor:
-        larger = tensor.new_full([size + 3 for size in tensor.shape], torch.nan)
-        inner = larger[1:-2, 2:-1, 1:-2, 3:]
-        inner.copy_(tensor)
-        return inner
-
-    return Problem(view(problem.query), view(problem.key), view(problem.value), *problem.arguments()[3:])
 
 
 def examples(device: str, on_cpu: int) -> settings:

@@ -14,6 +14,7 @@ import transformers
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from flashcore_ops import replace_llama_attention_with_flashcore, restore_attention
+from flashcore_ops.checks import dtype_name
 from flashcore_ops.commands.console import stderr_console
 from flashcore_ops.commands.loading import check_model_name, load_model, resolve_device, resolve_dtype
 from flashcore_ops.commands.peak_memory import peak_memory, start_peak_memory
@@ -254,13 +255,3 @@ def count_of(number: int, noun: str) -> str:
         ('1 token', '2 tokens')
     """
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """A dtype without its module.
-
-    Example:
-        >>> dtype_name(torch.bfloat16)
-        'bfloat16'
-    """
-    return str(dtype).removeprefix("torch.")

@@ -9,7 +9,6 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Group, RenderableType
@@ -17,10 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 import flashcore_ops
+from csrc_free_kernels import tuning
+from csrc_free_kernels.tuning import Tiles
 from flashcore_ops.commands.peak_memory import GIB
-
-if TYPE_CHECKING:
-    from csrc_free_kernels.tuning import Tiles
 
 # The shape that the tiles are shown for; every other shape has its own.
 SHOWN_DTYPE = torch.bfloat16
@@ -130,14 +128,11 @@ def collect_gpus() -> tuple[Gpu, ...]:
 
 
 def describe_gpu(device: torch.device) -> Gpu:
-    """What torch knows of one GPU. The architecture is found without tuning.py, which needs triton."""
+    """What torch knows of one GPU."""
     properties = torch.cuda.get_device_properties(device)
-    architecture = f"sm_{properties.major}{properties.minor}"
-    if torch.version.hip is not None:
-        architecture = properties.gcnArchName.split(":")[0]
     return Gpu(
         name=properties.name,
-        architecture=architecture,
+        architecture=tuning.architecture(device),
         memory_gib=round(properties.total_memory / GIB, 1),
         num_sms=properties.multi_processor_count,
     )
@@ -159,8 +154,6 @@ def gpu_kernels(name: str, architecture: str, *, has_triton: bool) -> list[Kerne
     """The Triton kernels of one architecture with the tiles of the shown shape, or that there are none."""
     if not has_triton:
         return [Kernel(name, "all", "none: every call raises", "triton is not installed")]
-    from csrc_free_kernels import tuning
-
     shape = (architecture, SHOWN_DTYPE, SHOWN_HEAD_DIM)
     prefill = describe_tiles(tuning.prefill_tiles(*shape))
     decode = describe_tiles(tuning.decode_tiles(*shape, num_rows=1))

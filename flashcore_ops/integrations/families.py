@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from flashcore_ops.checks import HEAD_DIM_RULE, SUPPORTED_DTYPES, is_supported_head_dim
+from flashcore_ops.checks import HEAD_DIM_RULE, SUPPORTED_DTYPES, dtype_name, is_supported_head_dim
 from flashcore_ops.errors import DtypeError, UnsupportedModelError
 
 
@@ -96,7 +96,7 @@ def _check_dtype(host: PreTrainedModel) -> None:
         raise DtypeError.explain(
             "model",
             expected="float16, bfloat16 or float32",
-            got=str(dtype).removeprefix("torch."),
+            got=dtype_name(dtype),
             fix="Cast it with model.to(torch.bfloat16).",
         )
 
