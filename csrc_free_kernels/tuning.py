@@ -64,6 +64,16 @@ def num_multiprocessors(device: torch.device) -> int:
     return _device_facts(device)[1]
 
 
+def supports_dependent_launch(arch: str) -> bool:
+    """Whether kernels may overlap by programmatic dependent launch.
+
+    Example:
+        >>> [supports_dependent_launch(arch) for arch in ("sm_80", "sm_90", "gfx942")]
+        [False, True, False]
+    """
+    return arch.startswith("sm_") and int(arch.removeprefix("sm_")) >= 90
+
+
 def prefill_tiles(arch: str, dtype: torch.dtype, head_dim: int) -> Tiles:
     """Tiles of the portable prefill kernel; head_dim is the larger of D and Dv.
 

@@ -1,0 +1,43 @@
+"""Programmatic dependent launch: a kernel starts while the one before it ends (Hopper and later).
+
+A kernel launched so runs up to `wait` beside its predecessor, and must until then neither write, nor read what an
+earlier kernel may write. Prefetching into L2 is always safe: it fetches no value.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+def launch_options(is_dependent: bool) -> dict[str, bool]:
+    """The launch options of a kernel; backends without the feature do not know the option."""
+    return {"launch_pdl": True} if is_dependent else {}
+
+
+@triton.jit
+def launch_dependents(IS_DEPENDENT: tl.constexpr):
+    """Lets the next kernel start as soon as every program of this one has come here."""
+    if IS_DEPENDENT:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def wait(IS_DEPENDENT: tl.constexpr):
+    """Returns once all earlier kernels have ended and what they wrote can be seen."""
+    if IS_DEPENDENT:
+        gdc_wait()
+
+
+@triton.jit
+def prefetch_l2(p_lines):
+    """Asks for the 128-byte lines at a tensor of addresses."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; // dummy $0",
+        "=r,l",
+        [p_lines.to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
