@@ -18,6 +18,17 @@ class Tiles:
     num_stages: int
 
 
+@dataclass(frozen=True)
+class LinearTiles:
+    """How a linear kernel is cut: rows of the input, rows of a weight and depth a tile, warps, loads in flight."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
 Table = dict[tuple[int, int], Tiles]
 
 # Tiles by (padded head dim, bytes an element). Shared memory and registers bound them: 16-bit kernels must not spill.
@@ -52,6 +63,9 @@ SLOTS_PER_SHARE = 16
 _MIN_SLOTS_PER_SPLIT = 64
 _MAX_SPLITS = 128
 _WAVES = 2
+_MAX_LINEAR_ROWS = 32
+# Beyond this depth the matrix-vector kernel reads more rows at a time, each in shorter pieces.
+_LONG_DEPTH = 8192
 
 
 def architecture(device: torch.device) -> str:
@@ -96,6 +110,32 @@ def decode_tiles(arch: str, dtype: torch.dtype, head_dim: int, num_rows: int) ->
     largest = table[_table_key(dtype, head_dim)]
     rows = min(largest.block_m, max(_MIN_DECODE_ROWS, _next_power_of_2(num_rows)))
     return replace(largest, block_m=rows)
+
+
+def is_one_row_at_a_time(num_rows: int, dtype: torch.dtype) -> bool:
+    """Whether linear layers run a matrix-vector kernel for each row: tensor cores pay from two 16-bit rows on."""
+    return num_rows == 1 or dtype == torch.float32
+
+
+def linear_tiles(num_rows: int, depth: int, dtype: torch.dtype, is_gated: bool) -> LinearTiles:
+    """Tiles of the linear kernels for num_rows rows of depth elements.
+
+    Example:
+        >>> linear_tiles(num_rows=1, depth=4096, dtype=torch.bfloat16, is_gated=False)
+        LinearTiles(block_m=1, block_n=4, block_k=2048, num_warps=4, num_stages=1)
+    """
+    # A gated tile holds as many rows of each of two weights.
+    halves = 2 if is_gated else 1
+    if is_one_row_at_a_time(num_rows, dtype):
+        num_warps = 8 if depth > _LONG_DEPTH else 4
+        widest = 1024 if depth > _LONG_DEPTH else 2048
+        block_k = min(widest, _next_power_of_2(depth)) * 2 // dtype.itemsize
+        # 64 elements of 16 bits a thread: eight loads of 16 bytes in flight.
+        block_n = num_warps * 32 * 64 * 2 // dtype.itemsize // block_k // halves
+        return LinearTiles(1, max(1, block_n), block_k, num_warps, num_stages=1)
+    block_m = min(_MAX_LINEAR_ROWS, max(16, _next_power_of_2(num_rows)))
+    block_k = min(256, max(16, _next_power_of_2(depth)))
+    return LinearTiles(block_m, 32 // halves, block_k, num_warps=4, num_stages=6)
 
 
 def choose_num_splits(num_programs: int, kv_len: int, num_multiprocessors: int) -> int:

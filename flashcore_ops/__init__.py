@@ -4,7 +4,7 @@ Importing this package registers `torch.ops.flashcore`.
 """
 
 from flashcore_ops.errors import FlashCoreError
-from flashcore_ops.functional import append_kv_, attention, attention_with_lse
+from flashcore_ops.functional import append_kv_, attention, attention_with_lse, linear
 from flashcore_ops.integrations.transformers import (
     is_patched,
     replace_llama_attention_with_flashcore,
@@ -21,6 +21,7 @@ __all__ = [
     "attention_with_kv_cache",
     "attention_with_lse",
     "is_patched",
+    "linear",
     "replace_llama_attention_with_flashcore",
     "restore_attention",
 ]

@@ -49,7 +49,7 @@ def check_attention(
     num_splits: int,
 ) -> None:
     """Raises a typed error unless the attention ops can serve these arguments."""
-    _check_no_gradients(query, key, value, sinks)
+    check_no_gradients(query, key, value, sinks)
     _check_tensors(query, key, value, names=("query", "key", "value"))
     _check_pairs(key, value, names=("key", "value"))
     if query.shape[3] != key.shape[3]:
@@ -78,7 +78,7 @@ def check_attention(
 
 def check_append_kv(key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tensor, positions: Tensor) -> None:
     """Raises a typed error unless `append_kv_` can serve these arguments."""
-    _check_no_gradients(key_cache, value_cache, key, value)
+    check_no_gradients(key_cache, value_cache, key, value)
     _check_tensors(key, value, key_cache, value_cache, names=("key", "value", "key_cache", "value_cache"))
     _check_pairs(key_cache, value_cache, names=("key_cache", "value_cache"))
     for tokens, cache, name in ((key, key_cache, "key"), (value, value_cache, "value")):
@@ -111,7 +111,8 @@ def check_append_kv(key_cache: Tensor, value_cache: Tensor, key: Tensor, value: 
         _check_apart(cache, value, cache_name, "value")
 
 
-def _check_no_gradients(*tensors: Tensor | None) -> None:
+def check_no_gradients(*tensors: Tensor | None) -> None:
+    """Raises GradientError if grad mode is on and one of the tensors requires grad."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise GradientError.explain(
             "flashcore",

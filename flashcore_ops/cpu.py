@@ -107,3 +107,16 @@ def _torch_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, is
         scale=scale,
         enable_gqa=num_query_heads != num_kv_heads,
     )
+
+
+def linear(
+    input: Tensor,
+    weights: list[Tensor],
+    norm_weight: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    is_gated: bool,
+    output: Tensor,
+) -> None:
+    """Writes the products of `[..., K]` rows with each weight, side by side, into output `[..., N]`."""
+    output.copy_(reference.linear(input, weights, norm_weight, eps, residual, is_gated))

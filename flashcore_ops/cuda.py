@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from csrc_free_kernels import decode, kv_append, prefill, tuning
+from csrc_free_kernels import linear as linear_kernels
 
 
 def attention(
@@ -87,3 +88,30 @@ def append_kv_(key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tenso
         # autograd learns of a write behind its back from the version counter; inference tensors have none.
         if not cache.is_inference():
             torch.autograd.graph.increment_version(cache)
+
+
+def linear(
+    input: Tensor,
+    weights: list[Tensor],
+    norm_weight: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    is_gated: bool,
+    output: Tensor,
+) -> None:
+    """Writes the products of `[..., K]` rows with each weight, side by side, into output `[..., N]`."""
+    rows = input.reshape(-1, input.shape[-1])
+    if rows.shape[0] == 0:
+        return
+    with torch.cuda.device(input.device):
+        linear_kernels.linear(
+            rows.contiguous(),
+            weights,
+            output.view(-1, output.shape[-1]),
+            norm_weight=norm_weight,
+            eps=eps,
+            residual=None if residual is None else residual.view(-1, output.shape[-1]),
+            is_gated=is_gated,
+            tiles=tuning.linear_tiles(rows.shape[0], rows.shape[1], rows.dtype, is_gated),
+            is_dependent=tuning.supports_dependent_launch(tuning.architecture(input.device)),
+        )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -133,3 +135,40 @@ def append_kv_(key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tenso
         [[0, 5], [1, 9]]
     """
     torch.ops.flashcore.append_kv_(key_cache, value_cache, key, value, positions)
+
+
+def linear(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    norm_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    residual: Tensor | None = None,
+    is_gated: bool = False,
+) -> Tensor:
+    """Linear layers over one input in one launch, with the norm before and the gate or sum behind them.
+
+    Made for decode, where a few rows meet large weights: on a GPU each weight is read once for up to 32 rows, and again
+    for every 32 rows more (float32: for every row). One row and several are summed in different orders.
+
+    Args:
+        input: `[..., K]`, float16, bfloat16 or float32.
+        weights: one to three contiguous `[N_i, K]`, as in nn.Linear; their products stand side by side.
+        norm_weight: `[K]`, the weight of an RMSNorm that comes first; None for none.
+        eps: of that norm.
+        residual: contiguous, of the result's shape; added last.
+        is_gated: SwiGLU, `silu(input @ weights[0].T) * (input @ weights[1].T)`, for two weights of one shape.
+
+    Returns:
+        `[..., sum N_i]`, or `[..., N]` if gated, contiguous.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError, LayoutError, OptionError: an argument is not as above.
+        GradientError: grad mode is on and an input requires grad.
+
+    Example:
+        >>> x, gate, up = torch.ones(2, 1, 8), torch.ones(4, 8), torch.ones(4, 8)
+        >>> linear(x, [gate, up], norm_weight=torch.ones(8), is_gated=True).shape
+        torch.Size([2, 1, 4])
+    """
+    output: Tensor = torch.ops.flashcore.linear(input, weights, norm_weight, eps, residual, is_gated)
+    return output

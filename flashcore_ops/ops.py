@@ -16,6 +16,7 @@ from torch import Tensor
 from flashcore_ops import cpu
 from flashcore_ops.checks import LARGEST_FACTOR, check_append_kv, check_attention
 from flashcore_ops.errors import MissingDependencyError
+from flashcore_ops.linear_checks import check_linear
 
 Kernel = Callable[..., None]
 
@@ -78,6 +79,24 @@ def _append_kv_(kernel: Kernel) -> Callable[..., None]:
     return append_kv_
 
 
+def _linear(kernel: Kernel) -> Callable[..., Tensor]:
+    def linear(
+        input: Tensor,
+        weights: list[Tensor],
+        norm_weight: Tensor | None = None,
+        eps: float = 1e-6,
+        residual: Tensor | None = None,
+        is_gated: bool = False,
+    ) -> Tensor:
+        check_linear(input, weights, norm_weight, eps, residual, is_gated)
+        width = weights[0].shape[0] if is_gated else sum(weight.shape[0] for weight in weights)
+        output = input.new_empty((*input.shape[:-1], width))
+        kernel(input, weights, norm_weight, eps, residual, is_gated, output)
+        return output
+
+    return linear
+
+
 def _allocate_output(query: Tensor, value: Tensor) -> Tensor:
     """`[B, Hq, Q, Dv]`, stored `[B, Q, Hq, Dv]` so that a model's transpose and reshape are free."""
     batch, num_query_heads, query_len, _ = query.shape
@@ -96,6 +115,10 @@ def _cuda_attention(*args: Any) -> None:
 
 def _cuda_append_kv_(*args: Any) -> None:
     _cuda_kernels().append_kv_(*args)
+
+
+def _cuda_linear(*args: Any) -> None:
+    _cuda_kernels().linear(*args)
 
 
 def _cuda_kernels() -> ModuleType:
@@ -128,6 +151,14 @@ OPS = (
         _append_kv_,
         cpu.append_kv_,
         _cuda_append_kv_,
+    ),
+    (
+        "linear",
+        "(Tensor input, Tensor[] weights, Tensor? norm_weight=None, float eps=1e-06, Tensor? residual=None, "
+        "bool is_gated=False) -> Tensor",
+        _linear,
+        cpu.linear,
+        _cuda_linear,
     ),
 )
 

@@ -6,6 +6,8 @@ dtype they are the plain PyTorch attention that the kernel's error is compared w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -113,3 +115,42 @@ def append_kv_(key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tenso
             if 0 <= slot < num_slots:
                 key_cache[row, :, slot] = key[row, :, token]
                 value_cache[row, :, slot] = value[row, :, token]
+
+
+def linear(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    norm_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    residual: Tensor | None = None,
+    is_gated: bool = False,
+) -> Tensor:
+    """Linear layers over one input, step by step as a Hugging Face decoder layer takes them.
+
+    Args:
+        input: `[..., K]`.
+        weights: of `[N_i, K]`; their products stand side by side in the result.
+        norm_weight: `[K]` of an RMSNorm that comes first, None for none.
+        eps: of the norm.
+        residual: added last, of the result's shape.
+        is_gated: `silu(input @ weights[0].T) * (input @ weights[1].T)` instead, for weights of one shape.
+
+    Returns:
+        `[..., sum N_i]`, or `[..., N]` if gated.
+
+    Example:
+        >>> x, eye = torch.tensor([[3.0, 4.0]]), torch.eye(2)
+        >>> linear(x, [eye, 2 * eye], residual=torch.ones(1, 4))
+        tensor([[4., 5., 7., 9.]])
+    """
+    if norm_weight is not None:
+        # transformers norms in float32 and rounds before the weight.
+        wide = input.to(torch.promote_types(input.dtype, torch.float32))
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        input = norm_weight * wide.to(input.dtype)
+    products = [torch.nn.functional.linear(input, weight) for weight in weights]
+    if is_gated:
+        output = torch.nn.functional.silu(products[0]) * products[1]
+    else:
+        output = products[0] if len(products) == 1 else torch.cat(products, dim=-1)
+    return output if residual is None else residual + output

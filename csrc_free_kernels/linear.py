@@ -1,0 +1,297 @@
+"""Linear layers of decode: a few rows times large weight matrices, bound by the bytes of the weights.
+
+One row goes through a matrix-vector kernel: every thread keeps eight 16-byte loads of weights in flight, and RMSNorm,
+the gate of a SwiGLU and the residual ride along in float32. More rows of 16 bits go through the tensor cores. All of
+them read up to three weight matrices in one launch, and ask for their first weights before the kernel ahead has ended.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from csrc_free_kernels import dependent_launch, softmax
+from csrc_free_kernels.tuning import LinearTiles, is_one_row_at_a_time
+
+_LINE_BYTES = tl.constexpr(128)
+_PREFETCHED_BYTES = 2048
+
+
+@triton.jit
+def _choose_weight(p_first, p_second, p_third, N1, N2, N3, BLOCK_N: tl.constexpr):
+    """This program's weight matrix: (pointer, its rows, its first output column, the program's tile in it)."""
+    i_tile = tl.program_id(0)
+    tiles_first = tl.cdiv(N1, BLOCK_N)
+    tiles_second = tl.cdiv(N2, BLOCK_N)
+    p_weight = p_first
+    num_rows = N1
+    first_column = N1 * 0
+    if i_tile >= tiles_first:
+        p_weight = p_second
+        num_rows = N2
+        first_column = N1
+        i_tile -= tiles_first
+        if i_tile >= tiles_second:
+            p_weight = p_third
+            num_rows = N3
+            first_column = N1 + N2
+            i_tile -= tiles_second
+    return p_weight, num_rows, first_column, i_tile
+
+
+@triton.jit
+def _prefetch_rows(p_rows, NUM_LINES: tl.constexpr):
+    """Asks for the first lines of each weight row."""
+    ELEMENTS: tl.constexpr = _LINE_BYTES // (p_rows.dtype.element_ty.primitive_bitwidth // 8)
+    dependent_launch.prefetch_l2(p_rows[:, None] + tl.arange(0, NUM_LINES)[None, :] * ELEMENTS)
+
+
+@triton.jit
+def _silu(b_x):
+    return b_x / (1.0 + tl.exp(-b_x))
+
+
+@triton.jit(do_not_specialize=["N1", "N2", "N3"])
+def _row_kernel(
+    p_input,
+    p_norm,
+    p_residual,
+    p_output,
+    p_first,
+    p_second,
+    p_third,
+    N1,
+    N2,
+    N3,
+    num_columns,
+    stride_input,
+    stride_residual,
+    eps,
+    K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    IS_GATED: tl.constexpr,
+    NUM_LINES: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
+):
+    MASK_K: tl.constexpr = K % BLOCK_K != 0
+    dependent_launch.launch_dependents(IS_DEPENDENT)
+    p_weight, num_rows, first_column, i_tile = _choose_weight(p_first, p_second, p_third, N1, N2, N3, BLOCK_N)
+    i_m = tl.program_id(1).to(tl.int64)
+    o_n = i_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_k = tl.arange(0, BLOCK_K)
+    # Rows past the last read the last one again, and are not stored.
+    o_row = tl.minimum(o_n, num_rows - 1).to(tl.int64) * K
+    p_x = p_input + i_m * stride_input + o_k
+    p_w = p_weight + o_row[:, None] + o_k[None, :]
+    p_up = p_second + o_row[:, None] + o_k[None, :]
+    if IS_DEPENDENT:
+        _prefetch_rows(p_weight + o_row, NUM_LINES)
+        if IS_GATED:
+            _prefetch_rows(p_second + o_row, NUM_LINES)
+    dependent_launch.wait(IS_DEPENDENT)
+
+    b_sum = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
+    b_up_sum = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
+    b_square = tl.zeros([BLOCK_K], dtype=tl.float32)
+    for i_k in tl.range(0, K, BLOCK_K):
+        m_k = i_k + o_k < K
+        if MASK_K:
+            b_x = tl.load(p_x + i_k, mask=m_k, other=0.0).to(tl.float32)
+            b_w = tl.load(p_w + i_k, mask=m_k[None, :], other=0.0, eviction_policy="evict_first")
+        else:
+            b_x = tl.load(p_x + i_k).to(tl.float32)
+            b_w = tl.load(p_w + i_k, eviction_policy="evict_first")
+        if p_norm is not None:
+            b_square += b_x * b_x
+            b_x *= tl.load(p_norm + i_k + o_k, mask=m_k, other=0.0).to(tl.float32)
+        b_sum += b_w.to(tl.float32) * b_x[None, :]
+        if IS_GATED:
+            if MASK_K:
+                b_u = tl.load(p_up + i_k, mask=m_k[None, :], other=0.0, eviction_policy="evict_first")
+            else:
+                b_u = tl.load(p_up + i_k, eviction_policy="evict_first")
+            b_up_sum += b_u.to(tl.float32) * b_x[None, :]
+
+    b_y = tl.sum(b_sum, 1)
+    b_scale = 1.0
+    if p_norm is not None:
+        b_scale = tl.rsqrt(tl.sum(b_square, 0) / K + eps)
+        b_y *= b_scale
+    if IS_GATED:
+        b_y = _silu(b_y) * (tl.sum(b_up_sum, 1) * b_scale)
+    o_column = first_column + o_n
+    m_n = o_n < num_rows
+    if p_residual is not None:
+        b_y += tl.load(p_residual + i_m * stride_residual + o_column, mask=m_n, other=0.0).to(tl.float32)
+    tl.store(p_output + i_m * num_columns + o_column, b_y.to(p_output.dtype.element_ty), mask=m_n)
+
+
+@triton.jit(do_not_specialize=["M", "N1", "N2", "N3"])
+def _tile_kernel(
+    p_input,
+    p_residual,
+    p_output,
+    p_first,
+    p_second,
+    p_third,
+    M,
+    N1,
+    N2,
+    N3,
+    num_columns,
+    stride_input,
+    stride_residual,
+    K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    IS_GATED: tl.constexpr,
+    NUM_LINES: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
+):
+    MASK_K: tl.constexpr = K % BLOCK_K != 0
+    dependent_launch.launch_dependents(IS_DEPENDENT)
+    p_weight, num_rows, first_column, i_tile = _choose_weight(p_first, p_second, p_third, N1, N2, N3, BLOCK_N)
+    o_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_n = i_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_k = tl.arange(0, BLOCK_K)
+    m_m = o_m < M
+    o_row = tl.minimum(o_n, num_rows - 1).to(tl.int64) * K
+    p_x = p_input + o_m.to(tl.int64)[:, None] * stride_input + o_k[None, :]
+    p_w = p_weight + o_row[:, None] + o_k[None, :]
+    p_up = p_second + o_row[:, None] + o_k[None, :]
+    if IS_DEPENDENT:
+        _prefetch_rows(p_weight + o_row, NUM_LINES)
+        if IS_GATED:
+            _prefetch_rows(p_second + o_row, NUM_LINES)
+    dependent_launch.wait(IS_DEPENDENT)
+
+    b_y = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    b_up = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    for i_k in tl.range(0, K, BLOCK_K):
+        m_k = (i_k + o_k < K)[None, :]
+        if MASK_K:
+            b_x = tl.load(p_x + i_k, mask=m_m[:, None] & m_k, other=0.0).to(DOT_DTYPE)
+            b_w = tl.load(p_w + i_k, mask=m_k, other=0.0, eviction_policy="evict_first").to(DOT_DTYPE)
+        else:
+            b_x = tl.load(p_x + i_k, mask=m_m[:, None], other=0.0).to(DOT_DTYPE)
+            b_w = tl.load(p_w + i_k, eviction_policy="evict_first").to(DOT_DTYPE)
+        b_y = tl.dot(b_x, tl.trans(b_w), b_y, input_precision="ieee")
+        if IS_GATED:
+            if MASK_K:
+                b_u = tl.load(p_up + i_k, mask=m_k, other=0.0, eviction_policy="evict_first").to(DOT_DTYPE)
+            else:
+                b_u = tl.load(p_up + i_k, eviction_policy="evict_first").to(DOT_DTYPE)
+            b_up = tl.dot(b_x, tl.trans(b_u), b_up, input_precision="ieee")
+    if IS_GATED:
+        b_y = _silu(b_y) * b_up
+    o_column = first_column + o_n
+    m_y = m_m[:, None] & (o_n < num_rows)[None, :]
+    o_m = o_m.to(tl.int64)
+    if p_residual is not None:
+        p_r = p_residual + o_m[:, None] * stride_residual + o_column[None, :]
+        b_y += tl.load(p_r, mask=m_y, other=0.0).to(tl.float32)
+    p_y = p_output + o_m[:, None] * num_columns + o_column[None, :]
+    tl.store(p_y, b_y.to(p_output.dtype.element_ty), mask=m_y)
+
+
+@triton.jit
+def _norm_kernel(p_input, p_norm, p_output, stride_input, eps, K: tl.constexpr, IS_DEPENDENT: tl.constexpr):
+    """RMSNorm of one row, rounded as transformers rounds it: to the row's dtype before the norm's weight."""
+    BLOCK_K: tl.constexpr = triton.next_power_of_2(K)
+    dependent_launch.launch_dependents(IS_DEPENDENT)
+    dependent_launch.wait(IS_DEPENDENT)
+    i_m = tl.program_id(0).to(tl.int64)
+    o_k = tl.arange(0, BLOCK_K)
+    m_k = o_k < K
+    b_x = tl.load(p_input + i_m * stride_input + o_k, mask=m_k, other=0.0).to(tl.float32)
+    b_x *= tl.rsqrt(tl.sum(b_x * b_x, 0) / K + eps)
+    b_x = b_x.to(p_output.dtype.element_ty).to(tl.float32)
+    b_x *= tl.load(p_norm + o_k, mask=m_k, other=0.0).to(tl.float32)
+    tl.store(p_output + i_m * K + o_k, b_x.to(p_output.dtype.element_ty), mask=m_k)
+
+
+def linear(
+    rows: torch.Tensor,
+    weights: list[torch.Tensor],
+    output: torch.Tensor,
+    *,
+    norm_weight: torch.Tensor | None,
+    eps: float,
+    residual: torch.Tensor | None,
+    is_gated: bool,
+    tiles: LinearTiles,
+    is_dependent: bool,
+) -> None:
+    """Writes the products of rows `[M, K]` with up to three weights `[N_i, K]` side by side into output `[M, N]`.
+
+    output is contiguous; residual `[M, N]` has contiguous rows; M, K and every N_i are above 0.
+    """
+    num_rows, depth = rows.shape
+    first, second, third = (*weights, weights[0], weights[0])[:3]
+    sizes = [weight.shape[0] for weight in weights] + [0, 0]
+    num_tiles = sum(triton.cdiv(weight.shape[0], tiles.block_n) for weight in (weights[:1] if is_gated else weights))
+    shared = {
+        "K": depth,
+        "BLOCK_N": tiles.block_n,
+        "BLOCK_K": tiles.block_k,
+        "IS_GATED": is_gated,
+        "NUM_LINES": triton.next_power_of_2(
+            triton.cdiv(min(depth * rows.element_size(), _PREFETCHED_BYTES), _LINE_BYTES.value)
+        ),
+        "IS_DEPENDENT": is_dependent,
+        "num_warps": tiles.num_warps,
+        "num_stages": tiles.num_stages,
+        **dependent_launch.launch_options(is_dependent),
+    }
+    stride_residual = 0 if residual is None else residual.stride(0)
+    if is_one_row_at_a_time(num_rows, rows.dtype):
+        _row_kernel[(num_tiles, num_rows)](
+            rows,
+            norm_weight,
+            residual,
+            output,
+            first,
+            second,
+            third,
+            *sizes[:3],
+            output.shape[1],
+            rows.stride(0),
+            stride_residual,
+            eps,
+            **shared,
+        )
+        return
+    if norm_weight is not None:
+        normed = rows.new_empty((num_rows, depth))
+        _norm_kernel[(num_rows,)](
+            rows,
+            norm_weight,
+            normed,
+            rows.stride(0),
+            eps,
+            K=depth,
+            IS_DEPENDENT=is_dependent,
+            num_warps=8,
+            **dependent_launch.launch_options(is_dependent),
+        )
+        rows = normed
+    _tile_kernel[(num_tiles, triton.cdiv(num_rows, tiles.block_m))](
+        rows,
+        residual,
+        output,
+        first,
+        second,
+        third,
+        num_rows,
+        *sizes[:3],
+        output.shape[1],
+        rows.stride(0),
+        stride_residual,
+        BLOCK_M=tiles.block_m,
+        DOT_DTYPE=softmax.dot_dtype(rows.dtype),
+        **shared,
+    )
