@@ -58,6 +58,7 @@ attention
 attention_with_kv_cache
 attention_with_lse
 is_patched
+linear
 replace_llama_attention_with_flashcore
 restore_attention""",
     )
