@@ -210,12 +210,13 @@ def _is_fusable(input: Tensor, *linears: Any) -> bool:
 
 def _is_bypassable(module: Any, *types: type[nn.Module]) -> bool:
     """Whether nobody would notice that the module's own call is left out."""
+    return type(module) in types and not is_hooked(module)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether someone has put something of their own around one module's call."""
     own = vars(module)
     hooks = own["_forward_hooks"].values()
-    return (
-        type(module) in types
-        and "forward" not in own
-        and not own["_forward_pre_hooks"]
-        # transformers leaves its recorders of attention weights in place; these are refused in any case.
-        and all(getattr(hook, "__name__", "") == "output_capturing_hook" for hook in hooks)
-    )
+    # transformers leaves its recorders in place after a call that asked for attention weights or hidden states.
+    is_recorded_only = all(getattr(hook, "__name__", "") == "output_capturing_hook" for hook in hooks)
+    return "forward" in own or bool(own["_forward_pre_hooks"]) or not is_recorded_only

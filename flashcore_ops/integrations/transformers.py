@@ -46,6 +46,7 @@ def replace_llama_attention_with_flashcore(model: Model) -> Model:
     """
     from flashcore_ops.integrations.decoder_layer import fuse_modules
     from flashcore_ops.integrations.families import check_model
+    from flashcore_ops.integrations.generate import keep_generation
 
     if any(_ORIGINAL_CONFIG in vars(module) for module in model.modules()):
         raise OptionError.explain(
@@ -63,6 +64,7 @@ def replace_llama_attention_with_flashcore(model: Model) -> Model:
         module.config = config
         config._attn_implementation = ATTENTION_NAME
     fuse_modules(model)
+    keep_generation(model)
     return model
 
 
@@ -89,6 +91,7 @@ def restore_attention(model: Model) -> Model:
         True
     """
     from flashcore_ops.integrations.decoder_layer import unfuse_modules
+    from flashcore_ops.integrations.generate import unkeep_generation
 
     patched = [module for module in model.modules() if _ORIGINAL_CONFIG in vars(module)]
     if not patched:
@@ -105,6 +108,7 @@ def restore_attention(model: Model) -> Model:
     for module in patched:
         delattr(module, _ORIGINAL_CONFIG)
     unfuse_modules(model)
+    unkeep_generation(model)
     return model
 
 
