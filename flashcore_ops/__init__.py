@@ -4,7 +4,13 @@ Importing this package registers `torch.ops.flashcore`.
 """
 
 from flashcore_ops.errors import FlashCoreError
-from flashcore_ops.functional import append_kv_, attention, attention_with_lse, linear
+from flashcore_ops.functional import (
+    append_kv_,
+    attention,
+    attention_with_lse,
+    linear,
+    rope_append_attention,
+)
 from flashcore_ops.integrations.transformers import (
     is_patched,
     replace_llama_attention_with_flashcore,
@@ -24,4 +30,5 @@ __all__ = [
     "linear",
     "replace_llama_attention_with_flashcore",
     "restore_attention",
+    "rope_append_attention",
 ]
