@@ -2,14 +2,14 @@
 
 The query tokens and heads of one GQA group are packed into the rows of one tile, so that each K and V element is read
 once per KV head. Every program takes its share of the range from kv_range on the device, so one launch (and one CUDA
-graph) stays balanced at every length. A second kernel combines the splits in a fixed order.
+graph) stays balanced at every length. The kernel of combine.py adds the splits up.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from csrc_free_kernels import masks, softmax
+from csrc_free_kernels import combine, dependent_launch, masks, softmax
 from csrc_free_kernels.tuning import SLOTS_PER_SHARE, Tiles
 
 _SHARE = tl.constexpr(SLOTS_PER_SHARE)
@@ -57,7 +57,9 @@ def _decode_kernel(
     IS_SINGLE_TOKEN: tl.constexpr,
     IS_SPLIT: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
 ):
+    dependent_launch.launch_dependents(IS_DEPENDENT)
     MASK_D: tl.constexpr = D != BLOCK_D
     MASK_DV: tl.constexpr = Dv != BLOCK_DV
     i_split = tl.program_id(0) % num_splits
@@ -65,6 +67,7 @@ def _decode_kernel(
     i_bh = tl.program_id(0) // (num_splits * num_row_tiles)
     i_b = (i_bh // Hkv).to(tl.int64)
     i_kv_head = i_bh % Hkv
+    dependent_launch.wait(IS_DEPENDENT)
     start, end = masks.load_kv_range(p_range, stride_range, i_b, S)
 
     # Row r of the packed tile is head r % G of query token r // G.
@@ -115,11 +118,8 @@ def _decode_kernel(
 
     i_row = (i_b * Hkv * G + o_head) * Q + o_token
     if IS_SPLIT:
-        # Unnormalised, with max and sum apart: a log-sum-exp would round away what the combination needs.
         i_part = i_split.to(tl.int64) * num_rows + i_row
-        tl.store(p_partial + i_part[:, None] * Dv + o_dv[None, :], b_o, mask=m_row[:, None] & m_dv[None, :])
-        tl.store(p_partial_max + i_part, b_max, mask=m_row)
-        tl.store(p_partial_sum + i_part, b_sum, mask=m_row)
+        combine.store_partial(p_partial, p_partial_max, p_partial_sum, i_part, b_o, b_max, b_sum, m_row, Dv)
     else:
         b_sink = softmax.load_sinks(p_sinks, o_head, m_row)
         b_o, b_lse = softmax.finish(b_o, b_max, b_sum, b_sink, to_natural)
@@ -128,63 +128,6 @@ def _decode_kernel(
         tl.store(p_o, b_o.to(p_output.dtype.element_ty), mask=m_row[:, None] & m_dv[None, :])
         if p_lse is not None:
             tl.store(p_lse + i_row, b_lse, mask=m_row)
-
-
-@triton.jit(do_not_specialize=["Hq", "Q", "num_splits", "num_rows"])
-def _combine_kernel(
-    p_output,
-    p_lse,
-    p_partial,
-    p_partial_max,
-    p_partial_sum,
-    p_sinks,
-    stride_output,
-    to_log2,
-    to_natural,
-    Hq,
-    Q,
-    num_splits,
-    num_rows,
-    Dv: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """One row (batch, head, token): the splits' sums, brought to a common maximum and added in order."""
-    i_row = tl.program_id(0).to(tl.int64)
-    i_token = i_row % Q
-    i_head = i_row // Q % Hq
-    i_b = i_row // Q // Hq
-    o_split = tl.arange(0, BLOCK_SPLITS)
-    p_max = p_partial_max + o_split.to(tl.int64) * num_rows + i_row
-    b_max = tl.max(tl.load(p_max, mask=o_split < num_splits, other=float("-inf")), 0)
-    b_ref = softmax.finite(b_max)
-
-    o_dv = tl.arange(0, BLOCK_DV)
-    m_dv = o_dv < Dv
-    b_o = tl.zeros([BLOCK_DV], dtype=tl.float32)
-    b_sum = 0.0
-    for i_first in tl.range(0, num_splits, CHUNK):
-        o_chunk = i_first + tl.arange(0, CHUNK)
-        m_chunk = o_chunk < num_splits
-        o_part = o_chunk.to(tl.int64) * num_rows + i_row
-        b_part_max = tl.load(p_partial_max + o_part, mask=m_chunk, other=float("-inf"))
-        b_decay = tl.exp2((b_part_max - b_ref) * to_log2)
-        b_sum += tl.sum(tl.load(p_partial_sum + o_part, mask=m_chunk, other=0.0) * b_decay, 0)
-        # [CHUNK, BLOCK_DV]
-        m_part = m_chunk[:, None] & m_dv[None, :]
-        b_part = tl.load(p_partial + o_part[:, None] * Dv + o_dv[None, :], mask=m_part, other=0.0)
-        b_o += tl.sum(b_part * b_decay[:, None], 0)
-
-    o_one = tl.zeros([1], dtype=tl.int64)
-    b_sink = softmax.load_sinks(p_sinks, i_head + o_one, o_one == 0)
-    b_one_max = tl.zeros([1], dtype=tl.float32) + b_max
-    b_one_sum = tl.zeros([1], dtype=tl.float32) + b_sum
-    b_out, b_lse = softmax.finish(b_o[None, :], b_one_max, b_one_sum, b_sink, to_natural)
-    p_o = p_output + i_b * stride_output[0] + i_head * stride_output[1] + i_token * stride_output[2]
-    tl.store(p_o + o_dv[None, :], b_out.to(p_output.dtype.element_ty), mask=m_dv[None, :])
-    if p_lse is not None:
-        tl.store(p_lse + i_row + o_one, b_lse)
 
 
 def decode_attention(
@@ -202,6 +145,7 @@ def decode_attention(
     softcap: float,
     num_splits: int,
     tiles: Tiles,
+    is_dependent: bool,
 ) -> None:
     """Writes attention into output `[B, Hq, Q, Dv]` and, if given, lse (contiguous `[B, Hq, Q]`); B, Q > 0."""
     batch, num_query_heads, query_len, head_dim = query.shape
@@ -210,20 +154,14 @@ def decode_attention(
     num_row_tiles = triton.cdiv(group * query_len, tiles.block_m)
     num_rows = batch * num_query_heads * query_len
     scores = softmax.score_scale(scale, softcap)
-    is_split = num_splits > 1
-    partial = partial_max = partial_sum = None
-    if is_split:
-        partial = query.new_empty((num_splits, num_rows, value_dim), dtype=torch.float32)
-        partial_max, partial_sum = query.new_empty((2, num_splits, num_rows), dtype=torch.float32).unbind()
+    partials = combine.allocate_partials(output, num_splits) if num_splits > 1 else None
     _decode_kernel[(batch * num_kv_heads * num_row_tiles * num_splits,)](
         query,
         key,
         value,
         output,
         lse,
-        partial,
-        partial_max,
-        partial_sum,
+        *(partials or (None, None, None)),
         kv_range,
         sinks,
         query.stride()[:3],
@@ -254,29 +192,12 @@ def decode_attention(
         HAS_SOFTCAP=softcap > 0,
         QUERY_SIGN=scores.query_sign,
         IS_SINGLE_TOKEN=query_len == 1,
-        IS_SPLIT=is_split,
+        IS_SPLIT=partials is not None,
         DOT_DTYPE=softmax.dot_dtype(query.dtype),
+        IS_DEPENDENT=is_dependent,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
+        **dependent_launch.launch_options(is_dependent),
     )
-    if is_split:
-        _combine_kernel[(num_rows,)](
-            output,
-            lse,
-            partial,
-            partial_max,
-            partial_sum,
-            sinks,
-            output.stride()[:3],
-            scores.to_log2,
-            scores.to_natural,
-            num_query_heads,
-            query_len,
-            num_splits,
-            num_rows,
-            Dv=value_dim,
-            BLOCK_DV=triton.next_power_of_2(value_dim),
-            BLOCK_SPLITS=triton.next_power_of_2(num_splits),
-            CHUNK=min(16, triton.next_power_of_2(num_splits)),
-            num_warps=4,
-        )
+    if partials is not None:
+        combine.combine_splits(partials, output, lse, sinks=sinks, scores=scores, is_dependent=is_dependent)

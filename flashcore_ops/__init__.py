@@ -7,7 +7,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from flashcore_ops.errors import FlashCoreError
-from flashcore_ops.functional import append_kv_, attention, attention_with_lse, linear
+from flashcore_ops.functional import (
+    append_kv_,
+    attention,
+    attention_with_lse,
+    linear,
+    rope_append_attention,
+)
 from flashcore_ops.integrations.transformers import (
     is_patched,
     replace_llama_attention_with_flashcore,
@@ -33,6 +39,7 @@ __all__ = [
     "make_static_cache",
     "replace_llama_attention_with_flashcore",
     "restore_attention",
+    "rope_append_attention",
     "warmup",
 ]
 

@@ -50,8 +50,25 @@ def check_attention(
 ) -> None:
     """Raises a typed error unless the attention ops can serve these arguments."""
     check_no_gradients(query, key, value, sinks)
-    _check_tensors(query, key, value, names=("query", "key", "value"))
+    check_tensors(query, key, value, names=("query", "key", "value"))
     _check_pairs(key, value, names=("key", "value"))
+    check_query(query, key)
+    check_range_and_sinks(query, kv_range, sinks)
+    check_options(scale, is_causal, window, softcap, num_splits)
+
+
+def check_append_kv(key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tensor, positions: Tensor) -> None:
+    """Raises a typed error unless `append_kv_` can serve these arguments."""
+    check_no_gradients(key_cache, value_cache, key, value)
+    check_tensors(key, value, key_cache, value_cache, names=("key", "value", "key_cache", "value_cache"))
+    check_caches(key, value, key_cache, value_cache)
+    dtypes = (torch.int32, torch.int64)
+    check_small(positions, "positions", shape=(key.shape[0],), dtypes=dtypes, device=key.device, like="key")
+    check_cache_memory(key_cache, value_cache, read={"key": key, "value": value})
+
+
+def check_query(query: Tensor, key: Tensor) -> None:
+    """Raises ShapeError unless query has key's head dim and a multiple of its heads."""
     if query.shape[3] != key.shape[3]:
         raise ShapeError.explain(
             "key",
@@ -66,20 +83,21 @@ def check_attention(
             got=f"{query.shape[1]}",
             fix="Pass query as [B, Hq, Q, D] and key as [B, Hkv, S, D] with Hq = group * Hkv.",
         )
+
+
+def check_range_and_sinks(query: Tensor, kv_range: Tensor | None, sinks: Tensor | None) -> None:
+    """Raises a typed error unless kv_range is int32 `[B, 2]` and sinks `[Hq]`, beside query."""
     if kv_range is not None:
-        _check_small(
+        check_small(
             kv_range, "kv_range", shape=(query.shape[0], 2), dtypes=(torch.int32,), device=query.device, like="query"
         )
     if sinks is not None:
         dtypes = (query.dtype, torch.float32)
-        _check_small(sinks, "sinks", shape=(query.shape[1],), dtypes=dtypes, device=query.device, like="query")
-    _check_options(scale, is_causal, window, softcap, num_splits)
+        check_small(sinks, "sinks", shape=(query.shape[1],), dtypes=dtypes, device=query.device, like="query")
 
 
-def check_append_kv(key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tensor, positions: Tensor) -> None:
-    """Raises a typed error unless `append_kv_` can serve these arguments."""
-    check_no_gradients(key_cache, value_cache, key, value)
-    _check_tensors(key, value, key_cache, value_cache, names=("key", "value", "key_cache", "value_cache"))
+def check_caches(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor) -> None:
+    """Raises ShapeError unless the caches pair up, and new keys and values fit them."""
     _check_pairs(key_cache, value_cache, names=("key_cache", "value_cache"))
     for tokens, cache, name in ((key, key_cache, "key"), (value, value_cache, "value")):
         if tokens.shape[1] != cache.shape[1] or tokens.shape[3] != cache.shape[3]:
@@ -96,8 +114,10 @@ def check_append_kv(key_cache: Tensor, value_cache: Tensor, key: Tensor, value: 
             got=f"{value.shape[2]}",
             fix="Pass as many new values as new keys.",
         )
-    dtypes = (torch.int32, torch.int64)
-    _check_small(positions, "positions", shape=(key.shape[0],), dtypes=dtypes, device=key.device, like="key")
+
+
+def check_cache_memory(key_cache: Tensor, value_cache: Tensor, read: dict[str, Tensor]) -> None:
+    """Raises LayoutError if a cache, which is written, shares memory with itself, the other, or what is read."""
     _check_apart(key_cache, value_cache, "key_cache", "value_cache")
     for cache, cache_name in ((key_cache, "key_cache"), (value_cache, "value_cache")):
         if _overlaps_itself(cache):
@@ -107,8 +127,8 @@ def check_append_kv(key_cache: Tensor, value_cache: Tensor, key: Tensor, value: 
                 got=f"strides {list(cache.stride())} for sizes {list(cache.shape)}",
                 fix="Allocate the cache with torch.empty or torch.zeros.",
             )
-        _check_apart(cache, key, cache_name, "key")
-        _check_apart(cache, value, cache_name, "value")
+        for name, tensor in read.items():
+            _check_apart(cache, tensor, cache_name, name)
 
 
 def check_no_gradients(*tensors: Tensor | None) -> None:
@@ -122,7 +142,7 @@ def check_no_gradients(*tensors: Tensor | None) -> None:
         )
 
 
-def _check_tensors(*tensors: Tensor, names: tuple[str, ...]) -> None:
+def check_tensors(*tensors: Tensor, names: tuple[str, ...]) -> None:
     """Rank, dtype, device, batch, head dim and layout of `[B, H, T, D]` tensors that go together."""
     first = tensors[0]
     for tensor, name in zip(tensors, names, strict=True):
@@ -187,7 +207,7 @@ def _check_pairs(key: Tensor, value: Tensor, names: tuple[str, str]) -> None:
         )
 
 
-def _check_small(
+def check_small(
     tensor: Tensor,
     name: str,
     shape: tuple[int, ...],
@@ -195,6 +215,7 @@ def _check_small(
     device: torch.device,
     like: str,
 ) -> None:
+    """Shape, dtype and device of a tensor that goes beside another, named by like."""
     if tensor.dim() != len(shape) or any(a != b for a, b in zip(tensor.shape, shape, strict=True)):
         raise ShapeError.explain(
             name, expected=f"shape {list(shape)}", got=f"{list(tensor.shape)}", fix=f"Pass {name} as {list(shape)}."
@@ -211,7 +232,8 @@ def _check_small(
         )
 
 
-def _check_options(scale: float | None, is_causal: bool, window: int, softcap: float, num_splits: int) -> None:
+def check_options(scale: float | None, is_causal: bool, window: int, softcap: float, num_splits: int) -> None:
+    """Raises OptionError if a scalar is out of range or two exclude each other."""
     if scale is not None and not math.isfinite(scale):
         raise OptionError.explain(
             "scale", expected="a finite number", got=f"{scale}", fix="Pass None for head_dim ** -0.5."

@@ -62,6 +62,42 @@ def append_kv_(key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tenso
         value_cache[row, :, slots] = value[row, :, tokens]
 
 
+def rope_append_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    kv_range: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+    num_splits: int,
+    output: Tensor,
+) -> None:
+    """Rotates and appends one new token a row, and writes attention's result `[B, Hq, 1, Dv]` into output."""
+    end = kv_range[:, 1].long()
+    append_kv_(key_cache, value_cache, reference.rotate(key, cos, sin), value, end - 1)
+    attention(
+        reference.rotate(query, cos, sin),
+        key_cache,
+        value_cache,
+        kv_range,
+        scale=scale,
+        is_causal=True,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        num_splits=num_splits,
+        output=output,
+        lse=None,
+    )
+    output[(end < 1) | (end > key_cache.shape[2])] = torch.nan
+
+
 def _visible_blocks(
     query: Tensor, key: Tensor, kv_range: Tensor | None, is_causal: bool, window: int
 ) -> Iterator[tuple[slice, slice, slice]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from csrc_free_kernels import decode, kv_append, prefill, tuning
+from csrc_free_kernels import decode, kv_append, prefill, rope_decode, tuning
 from csrc_free_kernels import linear as linear_kernels
 
 
@@ -53,14 +53,7 @@ def attention(
             return
         num_rows = num_query_heads // num_kv_heads * query_len
         tiles = tuning.decode_tiles(arch, query.dtype, widest, num_rows)
-        if num_splits > 0:
-            num_splits = tuning.bound_num_splits(num_splits, kv_len)
-        else:
-            num_splits = tuning.choose_num_splits(
-                num_programs=batch * num_kv_heads * -(-num_rows // tiles.block_m),
-                kv_len=kv_len,
-                num_multiprocessors=tuning.num_multiprocessors(query.device),
-            )
+        num_programs = batch * num_kv_heads * -(-num_rows // tiles.block_m)
         decode.decode_attention(
             query,
             key,
@@ -73,8 +66,9 @@ def attention(
             is_causal=is_causal,
             window=window,
             softcap=softcap,
-            num_splits=num_splits,
+            num_splits=_effective_num_splits(num_splits, num_programs, kv_len, query.device),
             tiles=tiles,
+            is_dependent=tuning.supports_dependent_launch(arch),
         )
 
 
@@ -84,8 +78,65 @@ def append_kv_(key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tenso
         return
     with torch.cuda.device(key.device):
         kv_append.append_kv_(key_cache, value_cache, key, value, positions)
-    for cache in (key_cache, value_cache):
-        # autograd learns of a write behind its back from the version counter; inference tensors have none.
+    _increment_versions(key_cache, value_cache)
+
+
+def rope_append_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    kv_range: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+    num_splits: int,
+    output: Tensor,
+) -> None:
+    """Rotates and appends one new token a row, and writes attention's result `[B, Hq, 1, Dv]` into output."""
+    batch, num_query_heads, _, head_dim = query.shape
+    if batch == 0:
+        return
+    num_kv_heads, kv_len = key_cache.shape[1], key_cache.shape[2]
+    arch = tuning.architecture(query.device)
+    group = num_query_heads // num_kv_heads
+    tiles = tuning.decode_tiles(arch, query.dtype, max(head_dim, value_cache.shape[3]), num_rows=group)
+    num_programs = batch * num_kv_heads * -(-group // tiles.block_m)
+    with torch.cuda.device(query.device):
+        rope_decode.rope_append_attention(
+            query,
+            key,
+            value,
+            cos,
+            sin,
+            key_cache,
+            value_cache,
+            output,
+            kv_range=kv_range,
+            sinks=None if sinks is None else sinks.contiguous(),
+            scale=scale,
+            window=min(window, max(kv_len, 1)),
+            softcap=softcap,
+            num_splits=_effective_num_splits(num_splits, num_programs, kv_len, query.device),
+            tiles=tiles,
+            is_dependent=tuning.supports_dependent_launch(arch),
+        )
+    _increment_versions(key_cache, value_cache)
+
+
+def _effective_num_splits(num_splits: int, num_programs: int, kv_len: int, device: torch.device) -> int:
+    if num_splits > 0:
+        return tuning.bound_num_splits(num_splits, kv_len)
+    return tuning.choose_num_splits(num_programs, kv_len, tuning.num_multiprocessors(device))
+
+
+def _increment_versions(*caches: Tensor) -> None:
+    """Tells autograd of a write behind its back; inference tensors have no version counter."""
+    for cache in caches:
         if not cache.is_inference():
             torch.autograd.graph.increment_version(cache)
 

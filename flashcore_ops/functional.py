@@ -137,6 +137,68 @@ def append_kv_(key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tenso
     torch.ops.flashcore.append_kv_(key_cache, value_cache, key, value, positions)
 
 
+def rope_append_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    kv_range: Tensor,
+    scale: float | None = None,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    num_splits: int = 0,
+) -> Tensor:
+    """Decode's fused form: rotates one new token a row, appends it to its static cache, and attends.
+
+    The new token stands in column and slot `end - 1`. Rotations are computed in float32 and rounded once to the
+    tensors' dtype; scores use the key as it is stored.
+
+    Args:
+        query: `[B, Hq, 1, D]`, not rotated, float16, bfloat16 or float32; any strides with a contiguous last dim. D
+            is a multiple of 8 from 16 to 256.
+        key: `[B, Hkv, 1, D]`, not rotated, where Hq is a multiple of Hkv.
+        value: `[B, Hkv, 1, Dv]`, Dv under the same rule as D.
+        cos, sin: `[B or 1, 1, D]` in query's dtype, each half of D the same, as transformers' rotary embeddings give
+            them: the result is `x * cos + cat(-x2, x1) * sin` for the halves x1, x2 of x.
+        key_cache: `[B, Hkv, S, D]`, changed in place.
+        value_cache: `[B, Hkv, S, Dv]`, changed in place; memory of its own, never a half of one tensor with key_cache.
+        kv_range: int32 `[B, 2]` on query's device, (start, end): end counts the new token. start is clamped to
+            [0, end]. The host never reads it.
+        scale, window, softcap, sinks, num_splits: as `attention`.
+
+    Returns:
+        `[B, Hq, 1, Dv]` in query's dtype, stored `[B, 1, Hq, Dv]`. A row with end above S or below 1 has no slot: it
+        writes nothing and is NaN, so that a step past the end of the cache shows. A row that sees nothing is 0.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError, LayoutError, OptionError: an argument is not as above, or memory overlaps.
+        GradientError: grad mode is on and an input requires grad.
+
+    Source: RoFormer (arXiv 2104.09864) for the rotation; `attention` for the rest.
+
+    Example:
+        >>> import torch
+        >>> from flashcore_ops import rope_append_attention
+        >>> key_cache, value_cache = torch.zeros(1, 2, 128, 64), torch.zeros(1, 2, 128, 64)
+        >>> query, key, value = torch.randn(1, 12, 1, 64).split([8, 2, 2], dim=1)  # of one projection
+        >>> angle = 37 * 10_000 ** -(torch.arange(64) % 32 / 32)
+        >>> kv_range = torch.tensor([[0, 38]], dtype=torch.int32)  # the new token goes to slot 37
+        >>> output = rope_append_attention(
+        ...     query, key, value, angle.cos()[None, None], angle.sin()[None, None], key_cache, value_cache, kv_range
+        ... )
+        >>> output.shape, torch.equal(value_cache[:, :, 37:38], value)
+        (torch.Size([1, 8, 1, 64]), True)
+    """
+    return torch.ops.flashcore.rope_append_attention(
+        *(query, key, value, cos, sin, key_cache, value_cache, kv_range),
+        *(scale, window, softcap, sinks, num_splits),
+    )
+
+
 def linear(
     input: Tensor,
     weights: Sequence[Tensor],

@@ -17,6 +17,7 @@ from flashcore_ops import cpu
 from flashcore_ops.checks import LARGEST_FACTOR, check_append_kv, check_attention
 from flashcore_ops.errors import MissingDependencyError
 from flashcore_ops.linear_checks import check_linear
+from flashcore_ops.rope_checks import check_rope_append_attention
 
 Kernel = Callable[..., None]
 
@@ -79,6 +80,31 @@ def _append_kv_(kernel: Kernel) -> Callable[..., None]:
     return append_kv_
 
 
+def _rope_append_attention(kernel: Kernel) -> Callable[..., Tensor]:
+    def rope_append_attention(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        kv_range: Tensor,
+        scale: float | None = None,
+        window: int = 0,
+        softcap: float = 0.0,
+        sinks: Tensor | None = None,
+        num_splits: int = 0,
+    ) -> Tensor:
+        tensors = (query, key, value, cos, sin, key_cache, value_cache, kv_range)
+        check_rope_append_attention(*tensors, scale, window, softcap, sinks, num_splits)
+        output = _allocate_output(query, value)
+        kernel(*tensors, _effective_scale(scale, query), window, softcap, sinks, num_splits, output)
+        return output
+
+    return rope_append_attention
+
+
 def _linear(kernel: Kernel) -> Callable[..., Tensor]:
     def linear(
         input: Tensor,
@@ -117,6 +143,10 @@ def _cuda_append_kv_(*args: Any) -> None:
     _cuda_kernels().append_kv_(*args)
 
 
+def _cuda_rope_append_attention(*args: Any) -> None:
+    _cuda_kernels().rope_append_attention(*args)
+
+
 def _cuda_linear(*args: Any) -> None:
     _cuda_kernels().linear(*args)
 
@@ -151,6 +181,15 @@ OPS = (
         _append_kv_,
         cpu.append_kv_,
         _cuda_append_kv_,
+    ),
+    (
+        "rope_append_attention",
+        "(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor(a!) key_cache, "
+        "Tensor(b!) value_cache, Tensor kv_range, float? scale=None, int window=0, float softcap=0.0, "
+        "Tensor? sinks=None, int num_splits=0) -> Tensor",
+        _rope_append_attention,
+        cpu.rope_append_attention,
+        _cuda_rope_append_attention,
     ),
     (
         "linear",

@@ -117,6 +117,69 @@ def append_kv_(key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tenso
                 value_cache[row, :, slot] = value[row, :, token]
 
 
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding by halves, in float32 or wider and rounded once to x's dtype.
+
+    Args:
+        x: `[B, H, T, D]`.
+        cos, sin: `[B or 1, T, D]`, each half of D the same, as transformers' rotary embeddings give them.
+
+    Source: RoFormer (arXiv 2104.09864), in the layout of transformers' rotate_half.
+
+    Example:
+        >>> quarter_turn = torch.tensor([[[0.0, 1.0, 0.0, 1.0]]]), torch.tensor([[[1.0, 0.0, 1.0, 0.0]]])
+        >>> rotate(torch.tensor([[[[1.0, 2.0, 3.0, 4.0]]]]), *quarter_turn)
+        tensor([[[[-3.,  2.,  1.,  4.]]]])
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    first, second = wide.chunk(2, dim=-1)
+    turned = torch.cat([-second, first], dim=-1)
+    return (wide * cos.unsqueeze(1).to(wide.dtype) + turned * sin.unsqueeze(1).to(wide.dtype)).to(x.dtype)
+
+
+def rope_append_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    kv_range: Tensor,
+    scale: float | None = None,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Rotates one new token a row, writes it into slot `end - 1` of the caches, and attends over `start..end - 1`.
+
+    Args:
+        query: `[B, Hq, 1, D]`, not rotated.
+        key, value: `[B, Hkv, 1, D]`, not rotated, and `[B, Hkv, 1, Dv]`.
+        cos, sin: see `rotate`.
+        key_cache, value_cache: `[B, Hkv, S, D]` and `[B, Hkv, S, Dv]`, changed in place.
+        kv_range: integer `[B, 2]`, (start, end) of each row.
+        scale, window, softcap, sinks: see `attention_with_lse`.
+
+    Returns:
+        `[B, Hq, 1, Dv]`. A row whose slot is not in the cache writes nothing and is NaN.
+    """
+    end = kv_range[:, 1].long()
+    append_kv_(key_cache, value_cache, rotate(key, cos, sin), value, end - 1)
+    output, _ = attention_with_lse(
+        rotate(query, cos, sin),
+        key_cache,
+        value_cache,
+        kv_range=kv_range,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+    )
+    has_no_slot = (end < 1) | (end > key_cache.shape[2])
+    return output.masked_fill(has_no_slot[:, None, None, None], torch.nan)
+
+
 def linear(
     input: Tensor,
     weights: Sequence[Tensor],

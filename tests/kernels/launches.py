@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from csrc_free_kernels import decode, prefill
+from csrc_free_kernels import decode, prefill, tuning
 from csrc_free_kernels.tuning import Tiles
 from tests.kernels.conftest import IS_INTERPRETED
 from tests.problems import Problem, assert_as_accurate_as_pytorch
@@ -28,19 +28,29 @@ def check_decode(problem: Problem, tiles: Tiles, num_splits: int) -> None:
         **_options(problem),
         num_splits=num_splits,
         tiles=tiles,
+        is_dependent=is_dependent(problem.query.device),
     )
     assert_as_accurate_as_pytorch(output, lse, problem)
 
 
 def poisoned_outputs(problem: Problem) -> tuple[Tensor, Tensor]:
-    batch, num_query_heads, query_len, _ = problem.query.shape
-    shape = (batch, query_len, num_query_heads, problem.value.shape[3])
+    lse = torch.full(problem.query.shape[:3], torch.nan, device=problem.query.device)
+    return poisoned_output(problem.query, problem.value), lse
+
+
+def poisoned_output(query: Tensor, value: Tensor) -> Tensor:
+    batch, num_query_heads, query_len, _ = query.shape
+    shape = (batch, query_len, num_query_heads, value.shape[3])
     # The interpreter truncates a cast to bfloat16 where the hardware rounds: there the result stays in float32.
-    is_truncated = IS_INTERPRETED and problem.query.dtype == torch.bfloat16
-    dtype = torch.float32 if is_truncated else problem.query.dtype
-    device = problem.query.device
-    output = torch.full(shape, torch.nan, dtype=dtype, device=device).transpose(1, 2)
-    return output, torch.full((batch, num_query_heads, query_len), torch.nan, device=device)
+    is_truncated = IS_INTERPRETED and query.dtype == torch.bfloat16
+    dtype = torch.float32 if is_truncated else query.dtype
+    # Rows without a slot are NaN by definition; infinity is neither that nor any other right answer.
+    return torch.full(shape, torch.inf, dtype=dtype, device=query.device).transpose(1, 2)
+
+
+def is_dependent(device: torch.device) -> bool:
+    """Whether the CUDA path would launch decode's kernels dependent on this device."""
+    return device.type == "cuda" and tuning.supports_dependent_launch(tuning.architecture(device))
 
 
 def _options(problem: Problem) -> dict[str, object]:

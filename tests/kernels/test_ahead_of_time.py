@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from csrc_free_kernels import decode, kv_append, prefill, tuning
+from csrc_free_kernels import decode, kv_append, prefill, rope_decode, tuning
 from tests.kernels.ahead_of_time import SHARED_MEMORY_LIMIT, TARGETS, CompiledKernel, compiled_for
 
 HALF, FLOAT = torch.float16, torch.float32
@@ -44,8 +45,31 @@ def compile_attention(
             prefill.prefill_attention(query, key, key, output, lse, **options, tiles=tiles)
         else:
             tiles = tuning.decode_tiles(arch, dtype, head_dim, num_rows=4 * query_len)
+            options |= {"tiles": tiles, "is_dependent": tuning.supports_dependent_launch(arch)}
             for num_splits in (1, 8, 33):
-                decode.decode_attention(query, key, key, output, lse, **options, num_splits=num_splits, tiles=tiles)
+                decode.decode_attention(query, key, key, output, lse, **options, num_splits=num_splits)
+    return compiled
+
+
+def compile_rope(
+    arch: str, dtype: torch.dtype, head_dim: int, group: int = 4, window: int = 0, softcap: float = 0.0
+) -> list[CompiledKernel]:
+    """Compiles what the CUDA path would launch for the fused decode of 2 KV heads, query to value in one buffer."""
+    heads = torch.empty(1, 2 * group + 4, 1, head_dim, dtype=dtype).split([2 * group, 2, 2], dim=1)
+    rotation, cache = torch.empty(1, 1, head_dim, dtype=dtype), torch.empty(1, 2, 512, head_dim, dtype=dtype)
+    with compiled_for(arch) as compiled:
+        for num_splits in (1, 8):
+            rope_decode.rope_append_attention(
+                *(*heads, rotation, rotation, cache, cache, torch.empty(1, 2 * group, 1, head_dim, dtype=dtype)),
+                kv_range=torch.zeros(1, 2, dtype=torch.int32),
+                sinks=torch.empty(2 * group),
+                scale=0.1,
+                window=window,
+                softcap=softcap,
+                num_splits=num_splits,
+                tiles=tuning.decode_tiles(arch, dtype, head_dim, num_rows=group),
+                is_dependent=tuning.supports_dependent_launch(arch),
+            )
     return compiled
 
 
@@ -90,6 +114,41 @@ def test_full_product(arch, dtype, head_dim):
         check_limits(arch, dtype, compiled)
     for query_len in (200, 1, 16):
         check_limits(arch, dtype, compile_attention(arch, dtype, head_dim, query_len, is_causal=False))
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype", "head_dim"),
+    [
+        *(("sm_90", torch.bfloat16, head_dim) for head_dim in (64, 128, 256)),
+        *((arch, dtype, 128) for arch in TARGETS for dtype in (HALF, FLOAT)),
+    ],
+    ids=str,
+)
+def test_rope(arch, dtype, head_dim):
+    check_limits(arch, dtype, compile_rope(arch, dtype, head_dim))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", TARGETS)
+@pytest.mark.parametrize("dtype", [HALF, torch.bfloat16, FLOAT], ids=str)
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128, 192, 256])
+def test_full_product_of_rope(arch, dtype, head_dim):
+    for group, window, softcap in itertools.product((4, 64), (0, 9), (0.0, 3.0)):
+        compiled = compile_rope(arch, dtype, head_dim, group=group, window=window, softcap=softcap)
+        check_limits(arch, dtype, compiled)
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
+def test_dependent_kernels_wait_before_they_touch_memory(arch):
+    kernels = compile_attention(arch, torch.bfloat16, 128, query_len=1) + compile_rope(arch, torch.bfloat16, 128)
+    assert {kernel.name for kernel in kernels} == {"_decode_kernel", "_rope_decode_kernel", "_combine_kernel"}
+    for kernel in kernels:
+        before, waits, after = kernel.assembly.partition("griddepcontrol.wait")
+        assert waits, kernel.name
+        assert "griddepcontrol.launch_dependents" in before, kernel.name
+        accesses = re.compile(r"^.*\b(ld\.global|st\.global|cp\.async|atom|red)\b.*$", re.MULTILINE)
+        assert not accesses.findall(before), kernel.name
+        assert accesses.search(after), kernel.name
 
 
 @pytest.mark.parametrize("arch", TARGETS)

@@ -1,0 +1,133 @@
+"""Combine: the partial results of split-KV kernels, added up in a fixed order, so that results repeat bitwise."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from csrc_free_kernels import dependent_launch, softmax
+
+
+class Partials(NamedTuple):
+    """What each split leaves of each row (batch, head, token), in float32.
+
+    Unnormalised, with max and sum apart: a log-sum-exp would round away what the combination needs.
+    """
+
+    output: torch.Tensor
+    max: torch.Tensor
+    sum: torch.Tensor
+
+
+def allocate_partials(output: torch.Tensor, num_splits: int) -> Partials:
+    """Room for `[num_splits, B * Hq * Q, Dv]` and twice `[num_splits, B * Hq * Q]`, for an output `[B, Hq, Q, Dv]`."""
+    num_rows = output.shape[:3].numel()
+    maxima, sums = output.new_empty((2, num_splits, num_rows), dtype=torch.float32).unbind()
+    return Partials(output.new_empty((num_splits, num_rows, output.shape[3]), dtype=torch.float32), maxima, sums)
+
+
+@triton.jit
+def store_partial(p_partial, p_partial_max, p_partial_sum, i_part, b_o, b_max, b_sum, m_row, Dv: tl.constexpr):
+    """Leaves b_o [BLOCK_M, BLOCK_DV] and its max and sum at rows i_part [BLOCK_M] of the partials."""
+    o_dv = tl.arange(0, b_o.shape[1])
+    tl.store(p_partial + i_part[:, None] * Dv + o_dv[None, :], b_o, mask=m_row[:, None] & (o_dv < Dv)[None, :])
+    tl.store(p_partial_max + i_part, b_max, mask=m_row)
+    tl.store(p_partial_sum + i_part, b_sum, mask=m_row)
+
+
+@triton.jit(do_not_specialize=["Hq", "Q", "num_splits", "num_rows"])
+def _combine_kernel(
+    p_output,
+    p_lse,
+    p_partial,
+    p_partial_max,
+    p_partial_sum,
+    p_sinks,
+    stride_output,
+    to_log2,
+    to_natural,
+    Hq,
+    Q,
+    num_splits,
+    num_rows,
+    Dv: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
+):
+    """One row (batch, head, token): the splits' sums, brought to a common maximum and added in order."""
+    dependent_launch.launch_dependents(IS_DEPENDENT)
+    dependent_launch.wait(IS_DEPENDENT)
+    i_row = tl.program_id(0).to(tl.int64)
+    i_token = i_row % Q
+    i_head = i_row // Q % Hq
+    i_b = i_row // Q // Hq
+    o_split = tl.arange(0, BLOCK_SPLITS)
+    p_max = p_partial_max + o_split.to(tl.int64) * num_rows + i_row
+    b_max = tl.max(tl.load(p_max, mask=o_split < num_splits, other=float("-inf")), 0)
+    b_ref = softmax.finite(b_max)
+
+    o_dv = tl.arange(0, BLOCK_DV)
+    m_dv = o_dv < Dv
+    b_o = tl.zeros([BLOCK_DV], dtype=tl.float32)
+    b_sum = 0.0
+    for i_first in tl.range(0, num_splits, CHUNK):
+        o_chunk = i_first + tl.arange(0, CHUNK)
+        m_chunk = o_chunk < num_splits
+        o_part = o_chunk.to(tl.int64) * num_rows + i_row
+        b_part_max = tl.load(p_partial_max + o_part, mask=m_chunk, other=float("-inf"))
+        b_decay = tl.exp2((b_part_max - b_ref) * to_log2)
+        b_sum += tl.sum(tl.load(p_partial_sum + o_part, mask=m_chunk, other=0.0) * b_decay, 0)
+        # [CHUNK, BLOCK_DV]
+        m_part = m_chunk[:, None] & m_dv[None, :]
+        b_part = tl.load(p_partial + o_part[:, None] * Dv + o_dv[None, :], mask=m_part, other=0.0)
+        b_o += tl.sum(b_part * b_decay[:, None], 0)
+
+    o_one = tl.zeros([1], dtype=tl.int64)
+    b_sink = softmax.load_sinks(p_sinks, i_head + o_one, o_one == 0)
+    b_one_max = tl.zeros([1], dtype=tl.float32) + b_max
+    b_one_sum = tl.zeros([1], dtype=tl.float32) + b_sum
+    b_out, b_lse = softmax.finish(b_o[None, :], b_one_max, b_one_sum, b_sink, to_natural)
+    p_o = p_output + i_b * stride_output[0] + i_head * stride_output[1] + i_token * stride_output[2]
+    tl.store(p_o + o_dv[None, :], b_out.to(p_output.dtype.element_ty), mask=m_dv[None, :])
+    if p_lse is not None:
+        tl.store(p_lse + i_row + o_one, b_lse)
+
+
+def combine_splits(
+    partials: Partials,
+    output: torch.Tensor,
+    lse: torch.Tensor | None,
+    *,
+    sinks: torch.Tensor | None,
+    scores: softmax.ScoreScale,
+    is_dependent: bool,
+) -> None:
+    """Writes attention into output `[B, Hq, Q, Dv]` and, if given, lse (contiguous `[B, Hq, Q]`)."""
+    num_splits, num_rows, value_dim = partials.output.shape
+    _combine_kernel[(num_rows,)](
+        output,
+        lse,
+        partials.output,
+        partials.max,
+        partials.sum,
+        sinks,
+        output.stride()[:3],
+        scores.to_log2,
+        scores.to_natural,
+        output.shape[1],
+        output.shape[2],
+        num_splits,
+        num_rows,
+        Dv=value_dim,
+        BLOCK_DV=triton.next_power_of_2(value_dim),
+        BLOCK_SPLITS=triton.next_power_of_2(num_splits),
+        CHUNK=min(16, triton.next_power_of_2(num_splits)),
+        IS_DEPENDENT=is_dependent,
+        num_warps=4,
+        **dependent_launch.launch_options(is_dependent),
+    )
