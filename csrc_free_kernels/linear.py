@@ -15,7 +15,8 @@ from csrc_free_kernels import dependent_launch, softmax
 from csrc_free_kernels.tuning import LinearTiles, is_one_row_at_a_time
 
 _LINE_BYTES = tl.constexpr(128)
-_PREFETCHED_BYTES = 2048
+# All programs together: enough to bridge the time between two kernels, a fraction of the L2.
+_PREFETCHED_BYTES = 16 * 2**20
 
 
 @triton.jit
@@ -214,6 +215,12 @@ def _norm_kernel(p_input, p_norm, p_output, stride_input, eps, K: tl.constexpr, 
     tl.store(p_output + i_m * K + o_k, b_x.to(p_output.dtype.element_ty), mask=m_k)
 
 
+def _num_prefetched_lines(num_weight_rows: int, row_bytes: int) -> int:
+    """Lines of each weight row that a program asks for ahead: a power of two, within the row and the budget."""
+    num_bytes = min(row_bytes, _PREFETCHED_BYTES // num_weight_rows)
+    return 1 << max(0, (num_bytes // _LINE_BYTES.value).bit_length() - 1)
+
+
 def linear(
     rows: torch.Tensor,
     weights: list[torch.Tensor],
@@ -239,9 +246,7 @@ def linear(
         "BLOCK_N": tiles.block_n,
         "BLOCK_K": tiles.block_k,
         "IS_GATED": is_gated,
-        "NUM_LINES": triton.next_power_of_2(
-            triton.cdiv(min(depth * rows.element_size(), _PREFETCHED_BYTES), _LINE_BYTES.value)
-        ),
+        "NUM_LINES": _num_prefetched_lines(sum(sizes), depth * rows.element_size()),
         "IS_DEPENDENT": is_dependent,
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
