@@ -55,7 +55,8 @@ CASES: dict[str, tuple[Callable[[], Arguments], type[FlashCoreError], str]] = {
     "several new tokens": (
         lambda: {"key": torch.zeros(2, 2, 3, 32), "value": torch.zeros(2, 2, 3, 16)},
         ShapeError,
-        "key: expected one token a row, got 3. Rotate several tokens yourself, append them with append_kv_ and call attention.",
+        "key: expected one token a row, got 3. "
+        "Rotate several tokens yourself, append them with append_kv_ and call attention.",
     ),
     "no token": (
         lambda: {"query": torch.zeros(2, 4, 0, 32)},
