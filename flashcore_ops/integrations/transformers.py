@@ -44,7 +44,9 @@ def replace_llama_attention_with_flashcore(model: Model) -> Model:
         >>> is_patched(replace_llama_attention_with_flashcore(model))
         True
     """
+    from flashcore_ops.integrations.decoder_layer import fuse_modules
     from flashcore_ops.integrations.families import check_model
+    from flashcore_ops.integrations.generate import keep_generation
 
     if any(_ORIGINAL_CONFIG in vars(module) for module in model.modules()):
         raise OptionError.explain(
@@ -61,6 +63,8 @@ def replace_llama_attention_with_flashcore(model: Model) -> Model:
         setattr(module, _ORIGINAL_CONFIG, module.config)
         module.config = config
         config._attn_implementation = ATTENTION_NAME
+    fuse_modules(model)
+    keep_generation(model)
     return model
 
 
@@ -86,6 +90,9 @@ def restore_attention(model: Model) -> Model:
         >>> restore_attention(model).config is config
         True
     """
+    from flashcore_ops.integrations.decoder_layer import unfuse_modules
+    from flashcore_ops.integrations.generate import unkeep_generation
+
     patched = [module for module in model.modules() if _ORIGINAL_CONFIG in vars(module)]
     if not patched:
         raise OptionError.explain(
@@ -100,6 +107,8 @@ def restore_attention(model: Model) -> Model:
         module.config = originals.get(id(config), config)
     for module in patched:
         delattr(module, _ORIGINAL_CONFIG)
+    unfuse_modules(model)
+    unkeep_generation(model)
     return model
 
 

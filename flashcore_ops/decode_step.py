@@ -1,0 +1,101 @@
+"""One decode step of a patched model over its static cache: run by the host, or captured once and replayed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class DecodeStep:
+    """A greedy step that feeds itself: consumes `tokens`, appends to the cache, puts the likeliest next into `tokens`.
+
+    Attributes:
+        tokens: int64 `[B, 1]`; the step's input, then its choice and the next step's input. Write to it in place.
+        start: int32 `[B]`, the first slot of each row's tokens, which is the number of padding tokens before them.
+        position_offset: int64 `[B]`, slot less position: the padding too, unless positions were given by hand.
+        logits: `[B, V]` of the last step in the model's dtype; overwritten by the next.
+    """
+
+    def __init__(self, model: Any, cache: Any) -> None:
+        """Prepares steps of a patched causal language model over a cache of `make_static_cache`."""
+        slots: Tensor = cache.layers[0].keys
+        self.cache = cache
+        self.length: Tensor = cache.layers[0].cumulative_length
+        with torch.inference_mode(False):
+            self.tokens = torch.zeros((slots.shape[0], 1), dtype=torch.int64, device=slots.device)
+            self.start = torch.zeros(slots.shape[0], dtype=torch.int32, device=slots.device)
+            self.position_offset = torch.zeros(slots.shape[0], dtype=torch.int64, device=slots.device)
+        self.logits = torch.empty(0)
+        self._model = model
+
+    def run(self) -> None:
+        """Runs one step; on a GPU nothing waits for it."""
+        with torch.no_grad():
+            self.logits = self._forward(self._model)
+
+    def _forward(self, model: Any) -> Tensor:
+        kv_range = torch.stack((self.start, (self.length + 1).to(torch.int32).expand_as(self.start)), dim=-1)
+        outputs = model(
+            input_ids=self.tokens,
+            attention_mask=kv_range[:, None, None],
+            position_ids=(self.length - self.position_offset)[:, None],
+            past_key_values=self.cache,
+            use_cache=True,
+            return_dict=True,
+        )
+        logits: Tensor = outputs.logits[:, -1]
+        self.tokens.copy_(logits.argmax(dim=-1, keepdim=True))
+        return logits
+
+
+class DecodeGraph(DecodeStep):
+    """The step as a CUDA graph: one launch, at any length of the cache.
+
+    It stands for this cache and for weights that stay where they are in memory, and does not keep the model alive. Any
+    thread may replay it, one at a time.
+    """
+
+    def __init__(self, model: Any, cache: Any) -> None:
+        """Captures the step. The cache is as long as before, and its tokens are untouched."""
+        super().__init__(model, cache)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(self.length.device):
+            self.logits = self._capture()
+        self._model = None
+
+    def run(self) -> None:
+        """Queues one step."""
+        self._graph.replay()
+
+    def _capture(self) -> Tensor:
+        length = self.length.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            # Kernels compile and libraries allocate their workspaces before the capture, which allows neither.
+            self._forward(self._model)
+            self.length.copy_(length)
+            # Other threads may go on using the GPU meanwhile.
+            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+                logits = self._forward(self._model)
+        torch.cuda.current_stream().wait_stream(stream)
+        return logits
+
+
+def make_decode_step(model: Any, cache: Any) -> DecodeStep:
+    """The fastest step for the cache's device: a graph on a GPU, plain calls elsewhere.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from flashcore_ops import make_static_cache, replace_llama_attention_with_flashcore
+        >>> sizes = dict(vocab_size=64, hidden_size=64, intermediate_size=64, num_attention_heads=4)
+        >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes)).eval()
+        >>> cache = make_static_cache(replace_llama_attention_with_flashcore(model), batch_size=2, max_cache_len=8)
+        >>> step = make_decode_step(model, cache)
+        >>> step.run()
+        >>> step.logits.shape, int(step.length)
+        (torch.Size([2, 64]), 1)
+    """
+    return DecodeGraph(model, cache) if cache.layers[0].keys.is_cuda else DecodeStep(model, cache)

@@ -1,0 +1,222 @@
+"""A decoder layer's decode step in five launches: linear, rope_append_attention, and three times linear.
+
+Patching swaps the classes of a model's decoder layers and of its head for the ones below. They differ from their
+parents only where the rows are one new token each; and there each part still goes its parent's way if a module that
+would be bypassed is not what transformers built: quantized, wrapped by an adapter, hooked, or biased.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, apply_rotary_pos_emb
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMSNorm
+
+from flashcore_ops.integrations.static_cache import SharedLengthLayer
+from flashcore_ops.integrations.transformers import ATTENTION_NAME
+from flashcore_ops.linear_checks import supports_linear
+
+# Beyond, a library's matrix product is faster than reading each weight again for every 32 rows.
+MAX_DECODE_ROWS = 32
+
+
+class FlashCoreDecoderLayer(nn.Module):
+    """What the fused classes below add to their parents."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = False,
+        position_embeddings: Any = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        layer: Any = self
+        is_decode = hidden_states.shape[1] == 1 and hidden_states.shape[0] <= MAX_DECODE_ROWS
+        is_patched = layer.self_attn.config._attn_implementation == ATTENTION_NAME
+        if not (is_decode and is_patched and _is_bypassable(layer.self_attn, type(layer.self_attn))):
+            output: Tensor = super().forward(
+                hidden_states,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+            return output
+        query, key, value = _project(layer.self_attn, layer.input_layernorm, hidden_states)
+        attended = _attend(
+            layer.self_attn,
+            query,
+            key,
+            value,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+        hidden_states = _add_product(layer.self_attn.o_proj, attended, hidden_states)
+        return _add_mlp(layer.mlp, layer.post_attention_layernorm, hidden_states)
+
+
+class LlamaFlashCoreDecoderLayer(FlashCoreDecoderLayer, LlamaDecoderLayer):
+    """Llama's."""
+
+
+class MistralFlashCoreDecoderLayer(FlashCoreDecoderLayer, MistralDecoderLayer):
+    """Mistral's."""
+
+
+class Qwen2FlashCoreDecoderLayer(FlashCoreDecoderLayer, Qwen2DecoderLayer):
+    """Qwen2's."""
+
+
+class FlashCoreLinear(nn.Linear):
+    """A language model's head."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        is_decode = input.dim() == 3 and input.shape[1] == 1 and input.shape[0] <= MAX_DECODE_ROWS
+        if is_decode and _is_fusable(input, self):
+            return torch.ops.flashcore.linear(input, [self.weight])
+        return super().forward(input)
+
+
+_FUSED_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
+    LlamaDecoderLayer: LlamaFlashCoreDecoderLayer,
+    MistralDecoderLayer: MistralFlashCoreDecoderLayer,
+    Qwen2DecoderLayer: Qwen2FlashCoreDecoderLayer,
+}
+_PARENTS = {fused: parent for parent, fused in _FUSED_LAYERS.items()} | {FlashCoreLinear: nn.Linear}
+_NORMS = (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm)
+
+
+def fuse_modules(model: nn.Module) -> None:
+    """Swaps in the fused class of every module that has one. Weights, names and hooks stay as they are."""
+    for module in list(model.modules()):
+        if fused := _FUSED_LAYERS.get(type(module)):
+            module.__class__ = fused
+        head = getattr(module, "lm_head", None)
+        if type(head) is nn.Linear:
+            head.__class__ = FlashCoreLinear
+
+
+def unfuse_modules(model: nn.Module) -> None:
+    """Undoes `fuse_modules`."""
+    for module in model.modules():
+        if parent := _PARENTS.get(type(module)):
+            module.__class__ = parent
+
+
+def _project(attention: Any, norm: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Query `[B, Hq, 1, D]`, key and value `[B, Hkv, 1, D]` of the normed hidden states `[B, 1, K]`."""
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    if _is_fusable(hidden_states, *projections) and _is_bypassable(norm, *_NORMS):
+        weights = [projection.weight for projection in projections]
+        joint = torch.ops.flashcore.linear(hidden_states, weights, norm.weight, norm.variance_epsilon)
+        parts = joint.split([weight.shape[0] for weight in weights], dim=-1)
+    else:
+        normed = norm(hidden_states)
+        parts = tuple(projection(normed) for projection in projections)
+    query, key, value = (part.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for part in parts)
+    return query, key, value
+
+
+def _attend(
+    attention: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    attention_mask: Tensor | None,
+    past_key_values: Any,
+    position_embeddings: Any,
+    **kwargs: Any,
+) -> Tensor:
+    """Rotates, appends and attends; returns `[B, 1, Hq * D]`."""
+    cos, sin = position_embeddings
+    window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
+    cache = _static_layer(past_key_values, attention.layer_idx)
+    if cache is not None and attention_mask is not None and attention_mask.dtype == torch.int32:
+        output = torch.ops.flashcore.rope_append_attention(
+            query,
+            key,
+            value,
+            cos,
+            sin,
+            cache.keys,
+            cache.values,
+            attention_mask[:, 0, 0],
+            attention.scaling,
+            window or 0,
+        ).transpose(1, 2)
+        cache.advance(1)
+    else:
+        query, key = apply_rotary_pos_emb(query, key, cos, sin)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, attention.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
+        output, _ = attend(
+            attention,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=attention.attention_dropout if attention.training else 0.0,
+            scaling=attention.scaling,
+            sliding_window=window,
+            **kwargs,
+        )
+    return output.flatten(2)
+
+
+def _static_layer(past_key_values: Any, index: int) -> SharedLengthLayer | None:
+    layers = [] if past_key_values is None else past_key_values.layers
+    return layers[index] if index < len(layers) and isinstance(layers[index], SharedLengthLayer) else None
+
+
+def _add_product(projection: Any, input: Tensor, residual: Tensor) -> Tensor:
+    if _is_fusable(input, projection):
+        output: Tensor = torch.ops.flashcore.linear(input, [projection.weight], None, 0.0, residual)
+        return output
+    return residual + projection(input)
+
+
+def _add_mlp(mlp: Any, norm: Any, residual: Tensor) -> Tensor:
+    has_silu = isinstance(mlp.act_fn, nn.SiLU) or type(mlp.act_fn).__name__ == "SiLUActivation"
+    is_fused = has_silu and _is_bypassable(mlp, type(mlp)) and _is_bypassable(norm, *_NORMS)
+    if not (is_fused and _is_fusable(residual, mlp.gate_proj, mlp.up_proj)):
+        return residual + mlp(norm(residual))
+    weights = [mlp.gate_proj.weight, mlp.up_proj.weight]
+    gated = torch.ops.flashcore.linear(residual, weights, norm.weight, norm.variance_epsilon, None, True)
+    return _add_product(mlp.down_proj, gated, residual)
+
+
+def _is_fusable(input: Tensor, *linears: Any) -> bool:
+    """Whether the linear op can stand in for these modules on this input."""
+    return all(
+        _is_bypassable(linear, nn.Linear, FlashCoreLinear)
+        and linear.bias is None
+        and supports_linear(linear.weight, dtype=input.dtype)
+        for linear in linears
+    ) and not torch.is_autocast_enabled(input.device.type)
+
+
+def _is_bypassable(module: Any, *types: type[nn.Module]) -> bool:
+    """Whether nobody would notice that the module's own call is left out."""
+    return type(module) in types and not is_hooked(module)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether someone has put something of their own around one module's call."""
+    own = vars(module)
+    hooks = own["_forward_hooks"].values()
+    # transformers leaves its recorders in place after a call that asked for attention weights or hidden states.
+    is_recorded_only = all(getattr(hook, "__name__", "") == "output_capturing_hook" for hook in hooks)
+    return "forward" in own or bool(own["_forward_pre_hooks"]) or not is_recorded_only

@@ -1,0 +1,147 @@
+"""`generate` of a patched model: on a GPU, a kept static cache and a captured decode step, without being asked.
+
+Only the patched instance behaves so, through its class. Its configs are never written to, so beams, assisted
+generation, caches of the user's own and saved files stay Hugging Face's.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import GenerationMixin
+from transformers.generation import GenerationMode
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import ModelOutput
+
+from flashcore_ops.integrations.decoder_layer import is_hooked
+from flashcore_ops.kept_steps import capacity_for, kept_steps
+
+_PASSED_ON = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "return_dict"}
+
+
+class KeptGeneration:
+    """What patching puts before a model's class in the order of resolution."""
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As the parent's; calls from several threads take turns."""
+        steps = kept_steps(self)
+        with steps.turn():
+            result = super().generate(*args, **kwargs)  # type: ignore[misc]
+            if isinstance(result, ModelOutput):
+                # The caller may go on with this cache, so it is never used again here.
+                steps.release(result.get("past_key_values"))
+        return result
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: GenerationMode,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> Any:
+        if not _keeps_cache(self, generation_config, model_kwargs, generation_mode):
+            parent: Any = super()
+            return parent._prepare_cache_for_generation(
+                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+            )
+        num_rows = batch_size * generation_config.num_return_sequences
+        step = kept_steps(self).get(self, num_rows, capacity_for(max_cache_length))
+        model_kwargs["past_key_values"] = step.cache
+        return None
+
+    def get_compiled_call(self, compile_config: Any) -> Callable[..., Any]:
+        """The captured step for a kept cache, the parent's compiled call for any other."""
+        parent: Any = super()
+
+        def call(**inputs: Any) -> Any:
+            step = kept_steps(self).of(inputs.get("past_key_values"))
+            if step is None:
+                return parent.get_compiled_call(compile_config)(**inputs)
+            start = _padding(inputs)
+            if start is None:
+                return self(**inputs)  # type: ignore[operator]
+            step.tokens.copy_(inputs["input_ids"])
+            step.start.copy_(start)
+            step.position_offset.copy_(step.length - inputs["position_ids"][:, 0])
+            step.run()
+            return CausalLMOutputWithPast(logits=step.logits[:, None], past_key_values=step.cache)
+
+        return call
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # pickle looks a class up by its name, and finds the parent.
+        _, _, *rest = super().__reduce_ex__(protocol)
+        return (_new_instance, (type(self).__mro__[2],), *rest)
+
+
+def keep_generation(model: nn.Module) -> None:
+    """Swaps the class of every generating model in `model` for one that keeps caches. The name stays: it is saved."""
+    for module in list(model.modules()):
+        if isinstance(module, GenerationMixin) and not isinstance(module, KeptGeneration):
+            module.__class__ = _kept_class(type(module))
+
+
+def unkeep_generation(model: nn.Module) -> None:
+    """Undoes `keep_generation` and frees what was kept."""
+    for module in list(model.modules()):
+        if isinstance(module, KeptGeneration):
+            kept_steps(module).clear()
+            module.__class__ = type(module).__mro__[2]
+
+
+@functools.cache
+def _kept_class(parent: Any) -> Any:
+    names = {"__module__": parent.__module__, "__qualname__": parent.__qualname__, "__doc__": parent.__doc__}
+    return type(parent.__name__, (KeptGeneration, parent), names)
+
+
+def _new_instance(parent: type) -> Any:
+    return object.__new__(_kept_class(parent))
+
+
+def _keeps_cache(model: Any, generation_config: Any, model_kwargs: dict[str, Any], mode: GenerationMode) -> bool:
+    """Whether a call is one that a kept step serves."""
+    return (
+        _has_graphs(model)
+        and mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+        and model_kwargs.get("past_key_values") is None
+        and generation_config.use_cache
+        and generation_config.cache_implementation is None
+        and generation_config.prefill_chunk_size is None
+        and not generation_config.is_assistant
+        and not generation_config.disable_compile
+        and not generation_config.output_attentions
+        and not generation_config.output_hidden_states
+        and _is_capturable(model)
+    )
+
+
+def _has_graphs(model: Any) -> bool:
+    return {parameter.device.type for parameter in model.parameters()} == {"cuda"}
+
+
+def _is_capturable(model: nn.Module) -> bool:
+    """Whether a step always runs the same kernels: an adapter, say, can be switched off between two calls."""
+    return not any(
+        type(module).__module__.partition(".")[0] not in ("torch", "transformers", "flashcore_ops") or is_hooked(module)
+        for module in model.modules()
+    )
+
+
+def _padding(inputs: dict[str, Any]) -> Tensor | None:
+    """First slot `[B]` of each row's tokens, or None for inputs that the captured step does not take."""
+    mask: Any = inputs.get("attention_mask")
+    masks = list(mask.values()) if isinstance(mask, dict) else [mask]
+    has_others = any(value is not None for name, value in inputs.items() if name not in _PASSED_ON)
+    is_served = (
+        not has_others
+        and inputs.get("input_ids") is not None
+        and inputs["input_ids"].shape[1] == 1
+        and inputs.get("position_ids") is not None
+        and all(one is not None and one.shape[1:] == (1, 1, 2) for one in masks)
+    )
+    return masks[0][:, 0, 0, 0] if is_served else None
