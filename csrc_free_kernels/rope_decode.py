@@ -168,8 +168,9 @@ def _rope_decode_kernel(
 
     # Split 0 starts from the new token: its weight is exp2(0) = 1 until a larger score comes.
     b_q = softmax.sign_query(b_q, QUERY_SIGN)
-    b_new_s = tl.sum(b_q.to(tl.float32) * b_new_k.to(tl.float32), 1)
-    b_new_s = softmax.cap_scores(b_new_s, before_cap, softcap, HAS_SOFTCAP)
+    # As a product with 16 copies of the key: a sum over each row would hold the query in registers once more.
+    b_copies = tl.broadcast_to(b_new_k, [16, BLOCK_D])
+    b_new_s = tl.max(softmax.scores(b_q, b_copies, before_cap, softcap, HAS_SOFTCAP), 1)
     sees_new = is_first & (start < end)
     b_max = tl.where(sees_new, b_new_s, float("-inf"))
     b_sum = tl.zeros([BLOCK_M], dtype=tl.float32) + tl.where(sees_new, 1.0, 0.0)

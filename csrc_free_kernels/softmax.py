@@ -73,12 +73,6 @@ def scores(b_q, b_k, before_cap, softcap, HAS_SOFTCAP: tl.constexpr):
         b_s = _chunked_dot(b_q, tl.trans(b_k))
     else:
         b_s = tl.dot(b_q, tl.trans(b_k))
-    return cap_scores(b_s, before_cap, softcap, HAS_SOFTCAP)
-
-
-@triton.jit
-def cap_scores(b_s, before_cap, softcap, HAS_SOFTCAP: tl.constexpr):
-    """Products of query and key as scores."""
     if HAS_SOFTCAP:
         b_s = softcap * _tanh(b_s * before_cap)
     return b_s

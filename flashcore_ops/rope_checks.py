@@ -44,7 +44,7 @@ def check_rope_append_attention(
                 name,
                 expected="one token a row",
                 got=f"{tensor.shape[2]}",
-                fix="Rotate and append several tokens with append_kv_, then call attention.",
+                fix="Rotate several tokens yourself, append them with append_kv_ and call attention.",
             )
     _check_rotation(cos, "cos", query)
     _check_rotation(sin, "sin", query)

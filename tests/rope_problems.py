@@ -85,7 +85,8 @@ def make_rope_problem(
     query, key, value = torch.randn(batch, 1, sum(widths), dtype=dtype, device=device).split(widths, dim=-1)
     angles = torch.rand(1 if is_rotation_shared else batch, 1, head_dim // 2, device=device) * 6.3
     angles = torch.cat([angles, angles], dim=-1)
-    ranges = torch.tensor([(0, kv_len)] * batch if kv_range is None else kv_range, dtype=torch.int32, device=device)
+    kv_range = [(0, kv_len)] * batch if kv_range is None else kv_range
+    ranges = torch.tensor(kv_range, dtype=torch.int32, device=device).reshape(batch, 2)
     # The new token is seen beside the cached ones, and its own slot is written, never read.
     visible = reference.visible_slots(1, kv_len, ranges, window=window)[:, 0]
     visible &= torch.arange(kv_len, device=device) != ranges[:, 1:] - 1

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.library import opcheck
 
 from tests.problems import DTYPES, make_problem
+from tests.rope_problems import make_rope_problem
 
 ATTENTION_CASES = {
     "prefill": {"query_len": 20, "kv_len": 20},
@@ -67,3 +70,32 @@ def test_append_kv_token_major_and_empty(device, batch, num_tokens, num_slots):
     tokens = [torch.randn(batch, num_tokens, 3, 16, device=device).transpose(1, 2) for _ in range(2)]
     positions = torch.zeros(batch, dtype=torch.int64, device=device)
     opcheck(torch.ops.flashcore.append_kv_.default, (*caches, *tokens, positions))
+
+
+ROPE_CASES = {
+    "plain": {},
+    "padded and shared rotation": {"kv_range": [(0, 20), (7, 33)], "is_rotation_shared": True},
+    "every option": {"kv_range": [(0, 20), (7, 33)], "window": 9, "softcap": 3.0, "has_sinks": True, "scale": 0.5},
+    "value_dim": {"value_dim": 64},
+    "multi-query": {"num_query_heads": 7, "num_kv_heads": 1},
+    "no batch": {"batch": 0},
+}
+
+
+def check_rope(problem):
+    """opcheck compares two runs, and NaN is not equal to NaN: no slot is poisoned here."""
+    caches = [cache.nan_to_num() for cache in (problem.key_cache, problem.value_cache)]
+    opcheck(
+        torch.ops.flashcore.rope_append_attention.default,
+        replace(problem, key_cache=caches[0], value_cache=caches[1]).arguments(),
+    )
+
+
+@pytest.mark.parametrize("case", ROPE_CASES)
+def test_rope_append_attention(device, case):
+    check_rope(make_rope_problem(**ROPE_CASES[case], device=device))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rope_append_attention_dtypes(device, dtype):
+    check_rope(make_rope_problem(dtype=dtype, device=device, has_sinks=True))

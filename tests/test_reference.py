@@ -67,3 +67,19 @@ def test_row_that_sees_nothing_is_zero_and_its_lse_is_its_sink():
     sinks = torch.tensor([0.5, -1.5])
     _, lse = reference.attention_with_lse(problem.query, problem.key, problem.value, problem.kv_range, sinks=sinks)
     assert torch.equal(lse[0], sinks[:, None].expand(2, 4))
+
+
+def test_rotation_equals_transformers():
+    modeling_llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+    query, key = torch.randn(2, 4, 3, 32, dtype=torch.float64), torch.randn(2, 2, 3, 32, dtype=torch.float64)
+    angles = torch.rand(2, 3, 16, dtype=torch.float64).repeat(1, 1, 2)
+    rotated = [reference.rotate(x, angles.cos(), angles.sin()) for x in (query, key)]
+    expected = modeling_llama.apply_rotary_pos_emb(query, key, angles.cos(), angles.sin())
+    assert torch.equal(rotated[0], expected[0])
+    assert torch.equal(rotated[1], expected[1])
+
+
+def test_rotation_of_16_bits_is_rounded_once():
+    x, angles = torch.randn(2, 4, 1, 32, dtype=torch.bfloat16), torch.rand(2, 1, 32)
+    cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
+    assert torch.equal(reference.rotate(x, cos, sin), reference.rotate(x.float(), cos.float(), sin.float()).bfloat16())

@@ -10,7 +10,7 @@ import torch
 import flashcore_ops
 from tests.snapshots import assert_expected_inline
 
-OPS = ("attention", "attention_with_lse", "append_kv_")
+OPS = ("attention", "attention_with_lse", "append_kv_", "rope_append_attention")
 
 
 def test_schemas():
@@ -44,7 +44,20 @@ flashcore::append_kv_(Tensor(a!) key_cache,
   Tensor(b!) value_cache,
   Tensor key,
   Tensor value,
-  Tensor positions) -> ()""",
+  Tensor positions) -> ()
+flashcore::rope_append_attention(Tensor query,
+  Tensor key,
+  Tensor value,
+  Tensor cos,
+  Tensor sin,
+  Tensor(a!) key_cache,
+  Tensor(b!) value_cache,
+  Tensor kv_range,
+  float? scale=None,
+  int window=0,
+  float softcap=0.,
+  Tensor? sinks=None,
+  int num_splits=0) -> Tensor""",
     )
 
 
@@ -57,10 +70,14 @@ append_kv_
 attention
 attention_with_kv_cache
 attention_with_lse
+free_kept_caches
 is_patched
 linear
+make_static_cache
 replace_llama_attention_with_flashcore
-restore_attention""",
+restore_attention
+rope_append_attention
+warmup""",
     )
 
 

@@ -20,7 +20,7 @@ pytestmark = [
 
 HOSTILE_CALLS = """
 import torch
-from flashcore_ops import append_kv_, attention_with_lse
+from flashcore_ops import append_kv_, attention_with_lse, rope_append_attention
 
 INT32, INT64 = torch.iinfo(torch.int32), torch.iinfo(torch.int64)
 hostile = [(-7, 5), (3, 2000), (2000, 3000), (INT32.min, INT32.max), (INT32.max, INT32.min), (40, 41)]
@@ -32,6 +32,11 @@ for query_len, window, head_dim in [(1, 0, 64), (1, 5, 24), (3, 0, 64), (20, 0, 
     sinks = torch.randn(1, device="cuda").expand(6)
     for num_splits in (2, 1):
         attention_with_lse(query, key, value, kv_range, window=window, sinks=sinks, num_splits=num_splits)
+query, key, value = torch.randn(batch, 10, 1, 24, device="cuda").split([6, 2, 2], dim=1)
+for num_splits in (2, 1):
+    rotation = torch.randn(1, 1, 24, device="cuda")
+    caches = [torch.zeros(batch, 2, 41, 24, device="cuda") for _ in "kv"]
+    rope_append_attention(query, key, value, rotation, rotation, *caches, kv_range, window=5, num_splits=num_splits)
 key_cache, value_cache = (torch.zeros(6, 2, 41, 24, device="cuda") for _ in "kv")
 key, value = torch.randn(2, 6, 2, 3, 24, device="cuda").unbind()
 positions = torch.tensor([-2, 0, 40, 0, 41, 0, -100, 0, INT64.max, 0, INT64.min], device="cuda")[::2]
