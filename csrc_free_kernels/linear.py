@@ -24,19 +24,13 @@ def _choose_weight(p_first, p_second, p_third, N1, N2, N3, BLOCK_N: tl.constexpr
     i_tile = tl.program_id(0)
     tiles_first = tl.cdiv(N1, BLOCK_N)
     tiles_second = tl.cdiv(N2, BLOCK_N)
-    p_weight = p_first
-    num_rows = N1
-    first_column = N1 * 0
-    if i_tile >= tiles_first:
-        p_weight = p_second
-        num_rows = N2
-        first_column = N1
-        i_tile -= tiles_first
-        if i_tile >= tiles_second:
-            p_weight = p_third
-            num_rows = N3
-            first_column = N1 + N2
-            i_tile -= tiles_second
+    is_first = i_tile < tiles_first
+    is_second = i_tile < tiles_first + tiles_second
+    # Selected, not branched upon: the AMD compiler fails on branches that yield pointers.
+    p_weight = tl.where(is_first, p_first, tl.where(is_second, p_second, p_third))
+    num_rows = tl.where(is_first, N1, tl.where(is_second, N2, N3))
+    first_column = tl.where(is_first, 0, tl.where(is_second, N1, N1 + N2))
+    i_tile -= tl.where(is_first, 0, tl.where(is_second, tiles_first, tiles_first + tiles_second))
     return p_weight, num_rows, first_column, i_tile
 
 
