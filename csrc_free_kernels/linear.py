@@ -19,18 +19,24 @@ _PREFETCHED_BYTES = 2048
 
 
 @triton.jit
-def _choose_weight(p_first, p_second, p_third, N1, N2, N3, BLOCK_N: tl.constexpr):
-    """This program's weight matrix: (pointer, its rows, its first output column, the program's tile in it)."""
-    i_tile = tl.program_id(0)
-    tiles_first = tl.cdiv(N1, BLOCK_N)
-    tiles_second = tl.cdiv(N2, BLOCK_N)
-    is_first = i_tile < tiles_first
-    is_second = i_tile < tiles_first + tiles_second
-    # Selected, not branched upon: the AMD compiler fails on branches that yield pointers.
-    p_weight = tl.where(is_first, p_first, tl.where(is_second, p_second, p_third))
-    num_rows = tl.where(is_first, N1, tl.where(is_second, N2, N3))
-    first_column = tl.where(is_first, 0, tl.where(is_second, N1, N1 + N2))
-    i_tile -= tl.where(is_first, 0, tl.where(is_second, tiles_first, tiles_first + tiles_second))
+def _choose_weight(i_tile, p_first, p_second, p_third, N1, N2, N3, BLOCK_N: tl.constexpr):
+    """The weight matrix of a tile: (pointer, its rows, its first output column, the tile's index in it).
+
+    Without N2 there is only the first.
+    """
+    p_weight = p_first
+    num_rows = N1
+    first_column = 0
+    if N2 is not None:
+        tiles_first = tl.cdiv(N1, BLOCK_N)
+        tiles_second = tl.cdiv(N2, BLOCK_N)
+        is_first = i_tile < tiles_first
+        is_second = i_tile < tiles_first + tiles_second
+        # Selected, not branched upon: the AMD compiler fails on branches that yield pointers.
+        p_weight = tl.where(is_first, p_first, tl.where(is_second, p_second, p_third))
+        num_rows = tl.where(is_first, N1, tl.where(is_second, N2, N3))
+        first_column = tl.where(is_first, 0, tl.where(is_second, N1, N1 + N2))
+        i_tile -= tl.where(is_first, 0, tl.where(is_second, tiles_first, tiles_first + tiles_second))
     return p_weight, num_rows, first_column, i_tile
 
 
@@ -55,6 +61,7 @@ def _row_kernel(
     p_first,
     p_second,
     p_third,
+    M,
     N1,
     N2,
     N3,
@@ -71,8 +78,10 @@ def _row_kernel(
 ):
     MASK_K: tl.constexpr = K % BLOCK_K != 0
     dependent_launch.launch_dependents(IS_DEPENDENT)
-    p_weight, num_rows, first_column, i_tile = _choose_weight(p_first, p_second, p_third, N1, N2, N3, BLOCK_N)
-    i_m = tl.program_id(1).to(tl.int64)
+    # Neighbours take the same weights for different rows, so that the L2 serves all but the first.
+    i_m = (tl.program_id(0) % M).to(tl.int64)
+    i_tile = tl.program_id(0) // M
+    p_weight, num_rows, first_column, i_tile = _choose_weight(i_tile, p_first, p_second, p_third, N1, N2, N3, BLOCK_N)
     o_n = i_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     o_k = tl.arange(0, BLOCK_K)
     # Rows past the last read the last one again, and are not stored.
@@ -148,7 +157,8 @@ def _tile_kernel(
 ):
     MASK_K: tl.constexpr = K % BLOCK_K != 0
     dependent_launch.launch_dependents(IS_DEPENDENT)
-    p_weight, num_rows, first_column, i_tile = _choose_weight(p_first, p_second, p_third, N1, N2, N3, BLOCK_N)
+    i_tile = tl.program_id(0)
+    p_weight, num_rows, first_column, i_tile = _choose_weight(i_tile, p_first, p_second, p_third, N1, N2, N3, BLOCK_N)
     o_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = i_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     o_k = tl.arange(0, BLOCK_K)
@@ -225,67 +235,61 @@ def linear(
     output is contiguous; residual `[M, N]` has contiguous rows; M, K and every N_i are above 0.
     """
     num_rows, depth = rows.shape
+    is_one_at_a_time = is_one_row_at_a_time(num_rows, rows.dtype)
+    if norm_weight is not None and not is_one_at_a_time:
+        rows = _norm(rows, norm_weight, eps, is_dependent)
     first, second, third = (*weights, weights[0], weights[0])[:3]
-    sizes = [weight.shape[0] for weight in weights] + [0, 0]
-    num_tiles = sum(triton.cdiv(weight.shape[0], tiles.block_n) for weight in (weights[:1] if is_gated else weights))
-    shared = {
+    sizes = [weight.shape[0] for weight in (weights[:1] if is_gated else weights)]
+    num_tiles = sum(triton.cdiv(size, tiles.block_n) for size in sizes)
+    arguments = {
+        "p_input": rows,
+        "p_residual": residual,
+        "p_output": output,
+        "p_first": first,
+        "p_second": second,
+        "p_third": third,
+        "M": num_rows,
+        "N1": sizes[0],
+        "N2": sizes[1] if len(sizes) > 1 else None,
+        "N3": sizes[2] if len(sizes) > 2 else 0,
+        "num_columns": output.shape[1],
+        "stride_input": rows.stride(0),
+        "stride_residual": 0 if residual is None else residual.stride(0),
         "K": depth,
         "BLOCK_N": tiles.block_n,
         "BLOCK_K": tiles.block_k,
         "IS_GATED": is_gated,
-        "NUM_LINES": triton.next_power_of_2(
-            triton.cdiv(min(depth * rows.element_size(), _PREFETCHED_BYTES), _LINE_BYTES.value)
-        ),
+        "NUM_LINES": _num_prefetched_lines(depth * rows.element_size()),
         "IS_DEPENDENT": is_dependent,
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
         **dependent_launch.launch_options(is_dependent),
     }
-    stride_residual = 0 if residual is None else residual.stride(0)
-    if is_one_row_at_a_time(num_rows, rows.dtype):
-        _row_kernel[(num_tiles, num_rows)](
-            rows,
-            norm_weight,
-            residual,
-            output,
-            first,
-            second,
-            third,
-            *sizes[:3],
-            output.shape[1],
-            rows.stride(0),
-            stride_residual,
-            eps,
-            **shared,
+    if is_one_at_a_time:
+        _row_kernel[(num_tiles * num_rows,)](p_norm=norm_weight, eps=eps, **arguments)
+    else:
+        _tile_kernel[(num_tiles, triton.cdiv(num_rows, tiles.block_m))](
+            BLOCK_M=tiles.block_m, DOT_DTYPE=softmax.dot_dtype(rows.dtype), **arguments
         )
-        return
-    if norm_weight is not None:
-        normed = rows.new_empty((num_rows, depth))
-        _norm_kernel[(num_rows,)](
-            rows,
-            norm_weight,
-            normed,
-            rows.stride(0),
-            eps,
-            K=depth,
-            IS_DEPENDENT=is_dependent,
-            num_warps=8,
-            **dependent_launch.launch_options(is_dependent),
-        )
-        rows = normed
-    _tile_kernel[(num_tiles, triton.cdiv(num_rows, tiles.block_m))](
+
+
+def _norm(rows: torch.Tensor, norm_weight: torch.Tensor, eps: float, is_dependent: bool) -> torch.Tensor:
+    normed = rows.new_empty(rows.shape)
+    _norm_kernel[(rows.shape[0],)](
         rows,
-        residual,
-        output,
-        first,
-        second,
-        third,
-        num_rows,
-        *sizes[:3],
-        output.shape[1],
+        norm_weight,
+        normed,
         rows.stride(0),
-        stride_residual,
-        BLOCK_M=tiles.block_m,
-        DOT_DTYPE=softmax.dot_dtype(rows.dtype),
-        **shared,
+        eps,
+        K=rows.shape[1],
+        IS_DEPENDENT=is_dependent,
+        num_warps=8,
+        **dependent_launch.launch_options(is_dependent),
     )
+    return normed
+
+
+def _num_prefetched_lines(row_bytes: int) -> int:
+    """A power of two of lines that lie inside a weight row: past the last row there may be no memory."""
+    lines: int = max(1, min(row_bytes, _PREFETCHED_BYTES) // _LINE_BYTES.value)
+    return 1 << (lines.bit_length() - 1)
