@@ -43,10 +43,10 @@ def check(problem: LinearProblem) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("num_rows", "depth"),
-    [*product((1, 5), (1, 8, 16, 570, 576, 577, 1536, 4096, 14336)), *product((2, 32, 33, 100), (16, 570, 1536))],
+    [*product((1, 5), (1, 8, 16, 570, 576, 577, 1536, 4096, 14336)), *product((2, 32, 33, 100), (16, 570))],
 )
 def test_rows_and_depths(device, dtype, num_rows, depth):
-    check(make_linear((num_rows, depth), sizes=(40, 7), dtype=dtype, device=device))
+    check(make_linear((num_rows, depth), sizes=(20, 7), dtype=dtype, device=device))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
@@ -156,10 +156,9 @@ def test_a_row_has_the_same_bits_in_every_batch(dtype, options, depth):
         assert torch.equal(linear(*part.arguments()), whole[:num_rows]), num_rows
 
 
-@pytest.mark.parametrize("has_norm", [False, True])
-def test_compiles_into_one_graph_of_any_batch(device, has_norm):
+def test_compiles_into_one_graph_of_any_batch(device):
     torch._dynamo.reset()
-    options = {"has_norm": has_norm, "has_residual": True, "is_gated": True}
+    options = {"has_norm": True, "has_residual": True, "is_gated": True}
     compiled = torch.compile(linear, backend="aot_eager", fullgraph=True, dynamic=True)
     for batch in (2, 5, 9):
         arguments = make_linear((batch, 3, 64), sizes=(24, 24), device=device, **options).arguments()

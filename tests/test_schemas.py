@@ -10,7 +10,7 @@ import torch
 import flashcore_ops
 from tests.snapshots import assert_expected_inline
 
-OPS = ("attention", "attention_with_lse", "append_kv_")
+OPS = ("attention", "attention_with_lse", "append_kv_", "linear")
 
 
 def test_schemas():
@@ -44,7 +44,13 @@ flashcore::append_kv_(Tensor(a!) key_cache,
   Tensor(b!) value_cache,
   Tensor key,
   Tensor value,
-  Tensor positions) -> ()""",
+  Tensor positions) -> ()
+flashcore::linear(Tensor input,
+  Tensor[] weights,
+  Tensor? norm_weight=None,
+  float eps=9.9999999999999995e-07,
+  Tensor? residual=None,
+  bool is_gated=False) -> Tensor""",
     )
 
 
@@ -58,6 +64,7 @@ attention
 attention_with_kv_cache
 attention_with_lse
 is_patched
+linear
 replace_llama_attention_with_flashcore
 restore_attention""",
     )

@@ -19,8 +19,7 @@ parametrize_dtypes = pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 
 
 @parametrize_dtypes
-@pytest.mark.parametrize("num_rows", [1, 2, 33])
-@pytest.mark.parametrize("depth", [1, 8, 570, 576, 4096])
+@pytest.mark.parametrize(("num_rows", "depth"), [(1, 1), (1, 8), (1, 576), (1, 4096), (2, 1), (2, 576), (33, 40)])
 def test_rows_and_depths(kernel_device, dtype, num_rows, depth):
     check_linear(make_linear((num_rows, depth), sizes=(20, 7), dtype=dtype, device=kernel_device))
 
@@ -33,21 +32,20 @@ def test_the_deepest_rows(kernel_device, dtype, is_gated):
 
 @parametrize_dtypes
 @pytest.mark.parametrize("num_rows", [1, 3])
-@pytest.mark.parametrize("sizes", [(1,), (64,), (300,), (16, 7), (1, 100), (7, 64, 1), (33, 1, 65)], ids=str)
+@pytest.mark.parametrize("sizes", [(1,), (40,), (1, 40), (16, 7, 1), (33, 1, 34)], ids=str)
 def test_sizes(kernel_device, dtype, num_rows, sizes):
     problem = make_linear((num_rows, 570), sizes=sizes, dtype=dtype, device=kernel_device, has_residual=True)
     check_linear(problem)
 
 
 @pytest.mark.parametrize("dtype", NORM_DTYPES, ids=str)
-@pytest.mark.parametrize("num_rows", [1, 20])
-@pytest.mark.parametrize("has_residual", [False, True])
-@pytest.mark.parametrize("is_gated", [False, True])
+@pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.parametrize(("has_residual", "is_gated"), [(False, True), (True, False), (True, True)])
 @pytest.mark.parametrize("eps", [0.0, 2.0])
 def test_norm(kernel_device, dtype, num_rows, has_residual, is_gated, eps):
     problem = make_linear(
         (num_rows, 570),
-        sizes=(40, 40),
+        sizes=(20, 20),
         dtype=dtype,
         device=kernel_device,
         has_norm=True,
@@ -59,7 +57,7 @@ def test_norm(kernel_device, dtype, num_rows, has_residual, is_gated, eps):
 
 
 @parametrize_dtypes
-@pytest.mark.parametrize("num_rows", [15, 16, 17, 40])
+@pytest.mark.parametrize("num_rows", [16, 17])
 def test_tile_edges(kernel_device, dtype, num_rows):
     problem = make_linear(
         (num_rows, 100), sizes=(33, 33), dtype=dtype, device=kernel_device, has_residual=True, is_gated=True
@@ -67,10 +65,10 @@ def test_tile_edges(kernel_device, dtype, num_rows):
     check_linear(problem, SMALL_TILES)
 
 
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@parametrize_dtypes
 @pytest.mark.parametrize("num_rows", [2, 17])
 def test_nan_stays_in_its_row(kernel_device, dtype, num_rows):
-    problem = make_linear((num_rows, 570), sizes=(20, 7), dtype=dtype, device=kernel_device, has_norm=True)
+    problem = make_linear((num_rows, 570), sizes=(7, 3), dtype=dtype, device=kernel_device, has_norm=True)
     clean = launch_linear(problem)
     poisoned = problem.input.clone()
     poisoned[1, 300] = torch.nan
