@@ -114,7 +114,6 @@ def _rope_decode_kernel(
     DOT_DTYPE: tl.constexpr,
     IS_DEPENDENT: tl.constexpr,
 ):
-    dependent_launch.launch_dependents(IS_DEPENDENT)
     MASK_D: tl.constexpr = D != BLOCK_D
     MASK_DV: tl.constexpr = Dv != BLOCK_DV
     i_split = tl.program_id(0) % num_splits
@@ -190,6 +189,8 @@ def _rope_decode_kernel(
         b_p, b_o, b_max, b_sum = softmax.update(b_s, b_o, b_max, b_sum, to_log2)
         b_o = softmax.accumulate(b_o, b_p, b_v)
 
+    # Only now: what comes next prefetches weights, which must not stand in the way of the cache's slots.
+    dependent_launch.launch_dependents(IS_DEPENDENT)
     # Without a slot nothing was seen, and a NaN denominator makes NaN of every output, through the combination too.
     b_sum = tl.where(has_slot, b_sum, float("nan"))
     i_row = i_b * Hkv * G + o_head
