@@ -15,8 +15,6 @@ from csrc_free_kernels import dependent_launch, softmax
 from csrc_free_kernels.tuning import LinearTiles, is_one_row_at_a_time
 
 _LINE_BYTES = tl.constexpr(128)
-# All programs together: enough to bridge the time between two kernels, a fraction of the L2.
-_PREFETCHED_BYTES = 16 * 2**20
 
 
 @triton.jit
@@ -226,12 +224,9 @@ def _norm_kernel(p_input, p_norm, p_output, stride_input, eps, K: tl.constexpr, 
     tl.store(p_output + i_m * K + o_k, b_x.to(p_output.dtype.element_ty), mask=m_k)
 
 
-def _num_prefetched_lines(num_weight_rows: int, num_bytes: int) -> int:
-    """Lines of each weight row that a program asks for ahead: a power of two, inside the row and the budget.
-
-    Past the last row there may be no memory.
-    """
-    num_bytes = min(num_bytes, _PREFETCHED_BYTES // num_weight_rows)
+def _num_prefetched_lines(row_bytes: int, budget: int) -> int:
+    """Lines of a weight row to ask for ahead: a power of two, inside the row, since past the last may be no memory."""
+    num_bytes = min(row_bytes, budget)
     return 1 << max(0, (num_bytes // _LINE_BYTES.value).bit_length() - 1)
 
 
@@ -259,6 +254,7 @@ def linear(
     sizes = [weight.shape[0] for weight in (weights[:1] if is_gated else weights)]
     width = tiles.block_n // 2 if is_gated else tiles.block_n
     # A row kernel holds the first block of each weight row in registers by then.
+    num_weight_rows = sum(weight.shape[0] for weight in weights)
     num_ahead = depth - tiles.block_k if is_one_at_a_time else depth
     num_tiles = sum(triton.cdiv(size, width) for size in sizes)
     arguments = {
@@ -279,7 +275,7 @@ def linear(
         "BLOCK_N": tiles.block_n,
         "BLOCK_K": tiles.block_k,
         "IS_GATED": is_gated,
-        "NUM_LINES": _num_prefetched_lines(sum(weight.shape[0] for weight in weights), num_ahead * rows.element_size()),
+        "NUM_LINES": _num_prefetched_lines(num_ahead * rows.element_size(), tiles.prefetched_bytes // num_weight_rows),
         "IS_DEPENDENT": is_dependent,
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,

@@ -20,13 +20,18 @@ class Tiles:
 
 @dataclass(frozen=True)
 class LinearTiles:
-    """How a linear kernel is cut: rows of the input, rows of weights and depth a tile, warps, loads in flight."""
+    """How a linear kernel is cut: rows of the input, rows of weights and depth a tile, warps, loads in flight.
+
+    prefetched_bytes: of the weights, what all programs together ask for while the kernel ahead still runs. Enough to
+    keep the memory busy between two kernels; more delays what the kernel ahead still has to load.
+    """
 
     block_m: int
     block_n: int
     block_k: int
     num_warps: int
     num_stages: int
+    prefetched_bytes: int = 8 * 2**20
 
 
 Table = dict[tuple[int, int], Tiles]
@@ -138,14 +143,14 @@ def linear_tiles(
 
     Example:
         >>> linear_tiles("sm_90", torch.bfloat16, num_rows=1, num_columns=6144, depth=4096, num_multiprocessors=132)
-        LinearTiles(block_m=1, block_n=4, block_k=2048, num_warps=4, num_stages=1)
+        LinearTiles(block_m=1, block_n=4, block_k=2048, num_warps=4, num_stages=1, prefetched_bytes=2097152)
     """
     if is_one_row_at_a_time(num_rows, dtype):
         num_warps = 8 if depth > _LONG_DEPTH else 4
         block_k = min(4096 // dtype.itemsize, _next_power_of_2(depth))
         # Eight loads of 16 bytes in flight a thread.
         block_n = num_warps * 32 * (128 // dtype.itemsize) // block_k
-        return LinearTiles(1, block_n, block_k, num_warps, num_stages=1)
+        return LinearTiles(1, block_n, block_k, num_warps, num_stages=1, prefetched_bytes=2 * 2**20)
     one_wave, wider = _LINEAR[_GENERATION.get(arch, "small")][16 if num_rows <= 16 else 32]
     tiles = one_wave if num_columns <= num_multiprocessors * one_wave.block_n else wider
     return replace(tiles, block_k=min(tiles.block_k, max(_MIN_DOT_SIZE, _next_power_of_2(depth))))
