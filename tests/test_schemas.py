@@ -70,11 +70,14 @@ append_kv_
 attention
 attention_with_kv_cache
 attention_with_lse
+free_kept_caches
 is_patched
 linear
+make_static_cache
 replace_llama_attention_with_flashcore
 restore_attention
-rope_append_attention""",
+rope_append_attention
+warmup""",
     )
 
 
