@@ -142,7 +142,8 @@ def _rope_decode_kernel(
     b_new_s = tl.max(softmax.scores(b_q, b_copies, before_cap, softcap, HAS_SOFTCAP), 1)
     sees_new = is_first & (start < end)
     b_max = tl.where(sees_new, b_new_s, float("-inf"))
-    b_sum = tl.zeros([BLOCK_M], dtype=tl.float32) + tl.where(sees_new, 1.0, 0.0)
+    # Without a slot no tile follows: a NaN denominator stays, and makes NaN of the output, through the combination too.
+    b_sum = tl.zeros([BLOCK_M], dtype=tl.float32) + tl.where(has_slot, tl.where(sees_new, 1.0, 0.0), float("nan"))
     b_o = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32) + tl.where(sees_new, b_new_v.to(tl.float32), 0.0)
 
     o_first = tl.arange(0, BLOCK_N).to(tl.int64)
@@ -159,8 +160,6 @@ def _rope_decode_kernel(
         b_p, b_o, b_max, b_sum = softmax.update(b_s, b_o, b_max, b_sum, to_log2)
         b_o = softmax.accumulate(b_o, b_p, b_v)
 
-    # Without a slot nothing was seen, and a NaN denominator makes NaN of every output, through the combination too.
-    b_sum = tl.where(has_slot, b_sum, float("nan"))
     i_row = i_b * Hkv * G + o_head
     if IS_SPLIT:
         i_part = i_split.to(tl.int64) * num_rows + i_row
