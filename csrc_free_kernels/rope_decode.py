@@ -97,7 +97,7 @@ def _rope_decode_kernel(
     i_tile = tl.program_id(0) // num_splits % num_row_tiles
     i_bh = tl.program_id(0) // (num_splits * num_row_tiles)
     i_b = (i_bh // Hkv).to(tl.int64)
-    i_kv_head = (i_bh % Hkv).to(tl.int64)
+    i_kv_head = i_bh % Hkv
     dependent_launch.wait(IS_DEPENDENT)
     start, end, has_slot = _load_slot_range(p_range, stride_range, i_b, S)
 
@@ -116,13 +116,13 @@ def _rope_decode_kernel(
     o_dv = tl.arange(0, BLOCK_DV)
     m_d = o_d < D
     m_dv = o_dv < Dv
-    p_q = p_query + i_b * stride_query[0] + o_head[:, None] * stride_query[1]
-    p_new_k = p_key + i_b * stride_key[0] + i_kv_head * stride_key[1] + tl.zeros([1, 1], dtype=tl.int64)
-    p_new_v = p_value + i_b * stride_value[0] + i_kv_head * stride_value[1]
+    p_q = p_query + i_b * stride_query[0] + o_head.to(tl.int64)[:, None] * stride_query[1]
+    p_new_k = p_key + i_b * stride_key[0] + i_kv_head.to(tl.int64) * stride_key[1] + tl.zeros([1, 1], dtype=tl.int64)
+    p_new_v = p_value + i_b * stride_value[0] + i_kv_head.to(tl.int64) * stride_value[1]
     p_c = p_cos + i_b * stride_cos
     p_s = p_sin + i_b * stride_sin
-    p_k = p_key_cache + i_b * stride_key_cache[0] + i_kv_head * stride_key_cache[1] + o_d[None, :]
-    p_v = p_value_cache + i_b * stride_value_cache[0] + i_kv_head * stride_value_cache[1] + o_dv[None, :]
+    p_k = p_key_cache + i_b * stride_key_cache[0] + i_kv_head.to(tl.int64) * stride_key_cache[1] + o_d[None, :]
+    p_v = p_value_cache + i_b * stride_value_cache[0] + i_kv_head.to(tl.int64) * stride_value_cache[1] + o_dv[None, :]
 
     is_first = i_split == 0
     # [BLOCK_M, BLOCK_D], [1, BLOCK_D] and [1, BLOCK_DV]
@@ -167,7 +167,7 @@ def _rope_decode_kernel(
     else:
         b_sink = softmax.load_sinks(p_sinks, o_head, m_row)
         b_o, _ = softmax.finish(b_o, b_max, b_sum, b_sink, to_natural)
-        p_o = p_output + i_b * stride_output[0] + o_head[:, None] * stride_output[1] + o_dv[None, :]
+        p_o = p_output + i_b * stride_output[0] + o_head.to(tl.int64)[:, None] * stride_output[1] + o_dv[None, :]
         tl.store(p_o, b_o.to(p_output.dtype.element_ty), mask=m_row[:, None] & m_dv[None, :])
 
 
