@@ -59,7 +59,7 @@ def _combine_kernel(
     CHUNK: tl.constexpr,
     IS_DEPENDENT: tl.constexpr,
 ):
-    """One row (batch, head, token): the splits' sums, brought to a common maximum and added in order."""
+    """Some columns of one row (batch, head, token): the splits' sums, at a common maximum, added in order."""
     dependent_launch.launch_dependents(IS_DEPENDENT)
     dependent_launch.wait(IS_DEPENDENT)
     i_row = tl.program_id(0).to(tl.int64)
@@ -71,7 +71,7 @@ def _combine_kernel(
     b_max = tl.max(tl.load(p_max, mask=o_split < num_splits, other=float("-inf")), 0)
     b_ref = softmax.finite(b_max)
 
-    o_dv = tl.arange(0, BLOCK_DV)
+    o_dv = tl.program_id(1) * BLOCK_DV + tl.arange(0, BLOCK_DV)
     m_dv = o_dv < Dv
     b_o = tl.zeros([BLOCK_DV], dtype=tl.float32)
     b_sum = 0.0
@@ -95,7 +95,7 @@ def _combine_kernel(
     p_o = p_output + i_b * stride_output[0] + i_head * stride_output[1] + i_token * stride_output[2]
     tl.store(p_o + o_dv[None, :], b_out.to(p_output.dtype.element_ty), mask=m_dv[None, :])
     if p_lse is not None:
-        tl.store(p_lse + i_row + o_one, b_lse)
+        tl.store(p_lse + i_row + o_one, b_lse, mask=(o_one + tl.program_id(1)) == 0)
 
 
 def combine_splits(
@@ -109,7 +109,9 @@ def combine_splits(
 ) -> None:
     """Writes attention into output `[B, Hq, Q, Dv]` and, if given, lse (contiguous `[B, Hq, Q]`)."""
     num_splits, num_rows, value_dim = partials.output.shape
-    _combine_kernel[(num_rows,)](
+    # Narrow programs that load all their splits at once: one trip to memory instead of one for each chunk.
+    block_dv = min(32, triton.next_power_of_2(value_dim))
+    _combine_kernel[(num_rows, triton.cdiv(value_dim, block_dv))](
         output,
         lse,
         partials.output,
@@ -124,10 +126,10 @@ def combine_splits(
         num_splits,
         num_rows,
         Dv=value_dim,
-        BLOCK_DV=triton.next_power_of_2(value_dim),
+        BLOCK_DV=block_dv,
         BLOCK_SPLITS=triton.next_power_of_2(num_splits),
-        CHUNK=min(16, triton.next_power_of_2(num_splits)),
+        CHUNK=min(64, triton.next_power_of_2(num_splits)),
         IS_DEPENDENT=is_dependent,
-        num_warps=4,
+        num_warps=2,
         **dependent_launch.launch_options(is_dependent),
     )

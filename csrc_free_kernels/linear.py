@@ -15,29 +15,40 @@ from csrc_free_kernels import dependent_launch, softmax
 from csrc_free_kernels.tuning import LinearTiles, is_one_row_at_a_time
 
 _LINE_BYTES = tl.constexpr(128)
-_PREFETCHED_BYTES = 2048
+# All programs together: enough to bridge the time between two kernels, a fraction of the L2.
+_PREFETCHED_BYTES = 16 * 2**20
 
 
 @triton.jit
-def _choose_weight(p_first, p_second, p_third, N1, N2, N3, BLOCK_N: tl.constexpr):
-    """This program's weight matrix: (pointer, its rows, its first output column, the program's tile in it)."""
-    i_tile = tl.program_id(0)
-    tiles_first = tl.cdiv(N1, BLOCK_N)
-    tiles_second = tl.cdiv(N2, BLOCK_N)
+def _weight_rows(
+    i_tile, p_first, p_second, p_third, N1, N2, N3, K: tl.constexpr, BLOCK_N: tl.constexpr, IS_GATED: tl.constexpr
+):  # fmt: skip
+    """The tile's weight rows [BLOCK_N] as pointers, its output columns, and which of these exist.
+
+    A gated tile alternates rows of the first weight and the second, so that a column's two products are neighbours.
+    """
+    WIDTH: tl.constexpr = BLOCK_N // 2 if IS_GATED else BLOCK_N
+    o_row = tl.arange(0, BLOCK_N)
     p_weight = p_first
     num_rows = N1
-    first_column = N1 * 0
-    if i_tile >= tiles_first:
-        p_weight = p_second
-        num_rows = N2
-        first_column = N1
-        i_tile -= tiles_first
-        if i_tile >= tiles_second:
-            p_weight = p_third
-            num_rows = N3
-            first_column = N1 + N2
-            i_tile -= tiles_second
-    return p_weight, num_rows, first_column, i_tile
+    first_column = 0
+    if IS_GATED:
+        p_weight = tl.where(o_row % 2 == 0, p_first, p_second)
+        o_row = o_row // 2
+    elif N2 is not None:
+        tiles_first = tl.cdiv(N1, WIDTH)
+        tiles_second = tl.cdiv(N2, WIDTH)
+        is_first = i_tile < tiles_first
+        is_second = i_tile < tiles_first + tiles_second
+        # Selected, not branched upon: the AMD compiler fails on branches that yield pointers.
+        p_weight = tl.where(is_first, p_first, tl.where(is_second, p_second, p_third))
+        num_rows = tl.where(is_first, N1, tl.where(is_second, N2, N3))
+        first_column = tl.where(is_first, 0, tl.where(is_second, N1, N1 + N2))
+        i_tile -= tl.where(is_first, 0, tl.where(is_second, tiles_first, tiles_first + tiles_second))
+    # Rows past the last read the last one again, and are not stored.
+    o_row = tl.minimum(i_tile * WIDTH + o_row, num_rows - 1).to(tl.int64)
+    o_n = i_tile * WIDTH + tl.arange(0, WIDTH)
+    return p_weight + o_row * K, first_column + o_n, o_n < num_rows
 
 
 @triton.jit
@@ -48,8 +59,19 @@ def _prefetch_rows(p_rows, NUM_LINES: tl.constexpr):
 
 
 @triton.jit
-def _silu(b_x):
-    return b_x / (1.0 + tl.exp(-b_x))
+def _load(p, m, IS_MASKED: tl.constexpr):
+    """A tile of weights, each element of which is read once."""
+    if IS_MASKED:
+        return tl.load(p, mask=m, other=0.0, eviction_policy="evict_first")
+    else:
+        return tl.load(p, eviction_policy="evict_first")
+
+
+@triton.jit
+def _gate(b_pairs):
+    """silu(gate) * up of products that stand in pairs, [..., 2]."""
+    b_gate, b_up = tl.split(b_pairs)
+    return b_gate / (1.0 + tl.exp(-b_gate)) * b_up
 
 
 @triton.jit(do_not_specialize=["N1", "N2", "N3"])
@@ -61,6 +83,7 @@ def _row_kernel(
     p_first,
     p_second,
     p_third,
+    M,
     N1,
     N2,
     N3,
@@ -75,57 +98,42 @@ def _row_kernel(
     NUM_LINES: tl.constexpr,
     IS_DEPENDENT: tl.constexpr,
 ):
-    MASK_K: tl.constexpr = K % BLOCK_K != 0
     dependent_launch.launch_dependents(IS_DEPENDENT)
-    p_weight, num_rows, first_column, i_tile = _choose_weight(p_first, p_second, p_third, N1, N2, N3, BLOCK_N)
-    i_m = tl.program_id(1).to(tl.int64)
-    o_n = i_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    o_k = tl.arange(0, BLOCK_K)
-    # Rows past the last read the last one again, and are not stored.
-    o_row = tl.minimum(o_n, num_rows - 1).to(tl.int64) * K
-    p_x = p_input + i_m * stride_input + o_k
-    p_w = p_weight + o_row[:, None] + o_k[None, :]
-    p_up = p_second + o_row[:, None] + o_k[None, :]
+    # Neighbours take the same weights for different rows, so that the L2 serves all but the first.
+    i_m = (tl.program_id(0) % M).to(tl.int64)
+    i_tile = tl.program_id(0) // M
+    p_rows, o_column, m_column = _weight_rows(
+        i_tile, p_first, p_second, p_third, N1, N2, N3, K, BLOCK_N, IS_GATED
+    )  # fmt: skip
     if IS_DEPENDENT:
-        _prefetch_rows(p_weight + o_row, NUM_LINES)
-        if IS_GATED:
-            _prefetch_rows(p_second + o_row, NUM_LINES)
+        _prefetch_rows(p_rows, NUM_LINES)
     dependent_launch.wait(IS_DEPENDENT)
 
+    b_residual = 0.0
+    if p_residual is not None:
+        p_r = p_residual + i_m * stride_residual + o_column
+        b_residual = tl.load(p_r, mask=m_column, other=0.0).to(tl.float32)
+    o_k = tl.arange(0, BLOCK_K)
+    p_x = p_input + i_m * stride_input + o_k
+    p_w = p_rows[:, None] + o_k[None, :]
     b_sum = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
-    b_up_sum = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
     b_square = tl.zeros([BLOCK_K], dtype=tl.float32)
     for i_k in tl.range(0, K, BLOCK_K):
         m_k = i_k + o_k < K
-        if MASK_K:
-            b_x = tl.load(p_x + i_k, mask=m_k, other=0.0).to(tl.float32)
-            b_w = tl.load(p_w + i_k, mask=m_k[None, :], other=0.0, eviction_policy="evict_first")
-        else:
-            b_x = tl.load(p_x + i_k).to(tl.float32)
-            b_w = tl.load(p_w + i_k, eviction_policy="evict_first")
+        b_w = _load(p_w + i_k, m_k[None, :], K % BLOCK_K != 0)
+        b_x = tl.load(p_x + i_k, mask=m_k, other=0.0).to(tl.float32)
         if p_norm is not None:
             b_square += b_x * b_x
             b_x *= tl.load(p_norm + i_k + o_k, mask=m_k, other=0.0).to(tl.float32)
         b_sum += b_w.to(tl.float32) * b_x[None, :]
-        if IS_GATED:
-            if MASK_K:
-                b_u = tl.load(p_up + i_k, mask=m_k[None, :], other=0.0, eviction_policy="evict_first")
-            else:
-                b_u = tl.load(p_up + i_k, eviction_policy="evict_first")
-            b_up_sum += b_u.to(tl.float32) * b_x[None, :]
 
     b_y = tl.sum(b_sum, 1)
-    b_scale = 1.0
     if p_norm is not None:
-        b_scale = tl.rsqrt(tl.sum(b_square, 0) / K + eps)
-        b_y *= b_scale
+        b_y *= tl.rsqrt(tl.sum(b_square, 0) / K + eps)
     if IS_GATED:
-        b_y = _silu(b_y) * (tl.sum(b_up_sum, 1) * b_scale)
-    o_column = first_column + o_n
-    m_n = o_n < num_rows
-    if p_residual is not None:
-        b_y += tl.load(p_residual + i_m * stride_residual + o_column, mask=m_n, other=0.0).to(tl.float32)
-    tl.store(p_output + i_m * num_columns + o_column, b_y.to(p_output.dtype.element_ty), mask=m_n)
+        b_y = _gate(tl.reshape(b_y, [BLOCK_N // 2, 2]))
+    b_y += b_residual
+    tl.store(p_output + i_m * num_columns + o_column, b_y.to(p_output.dtype.element_ty), mask=m_column)
 
 
 @triton.jit(do_not_specialize=["M", "N1", "N2", "N3"])
@@ -154,47 +162,34 @@ def _tile_kernel(
 ):
     MASK_K: tl.constexpr = K % BLOCK_K != 0
     dependent_launch.launch_dependents(IS_DEPENDENT)
-    p_weight, num_rows, first_column, i_tile = _choose_weight(p_first, p_second, p_third, N1, N2, N3, BLOCK_N)
-    o_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_n = i_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    o_k = tl.arange(0, BLOCK_K)
-    m_m = o_m < M
-    o_row = tl.minimum(o_n, num_rows - 1).to(tl.int64) * K
-    p_x = p_input + o_m.to(tl.int64)[:, None] * stride_input + o_k[None, :]
-    p_w = p_weight + o_row[:, None] + o_k[None, :]
-    p_up = p_second + o_row[:, None] + o_k[None, :]
+    p_rows, o_column, m_column = _weight_rows(
+        tl.program_id(0), p_first, p_second, p_third, N1, N2, N3, K, BLOCK_N, IS_GATED
+    )  # fmt: skip
     if IS_DEPENDENT:
-        _prefetch_rows(p_weight + o_row, NUM_LINES)
-        if IS_GATED:
-            _prefetch_rows(p_second + o_row, NUM_LINES)
+        _prefetch_rows(p_rows, NUM_LINES)
     dependent_launch.wait(IS_DEPENDENT)
 
+    o_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_m = (o_m < M)[:, None]
+    o_m = o_m.to(tl.int64)[:, None]
+    m_y = m_m & m_column[None, :]
+    b_residual = 0.0
+    if p_residual is not None:
+        p_r = p_residual + o_m * stride_residual + o_column[None, :]
+        b_residual = tl.load(p_r, mask=m_y, other=0.0).to(tl.float32)
+    o_k = tl.arange(0, BLOCK_K)
+    p_x = p_input + o_m * stride_input + o_k[None, :]
+    p_w = p_rows[:, None] + o_k[None, :]
     b_y = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    b_up = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for i_k in tl.range(0, K, BLOCK_K):
         m_k = (i_k + o_k < K)[None, :]
-        if MASK_K:
-            b_x = tl.load(p_x + i_k, mask=m_m[:, None] & m_k, other=0.0).to(DOT_DTYPE)
-            b_w = tl.load(p_w + i_k, mask=m_k, other=0.0, eviction_policy="evict_first").to(DOT_DTYPE)
-        else:
-            b_x = tl.load(p_x + i_k, mask=m_m[:, None], other=0.0).to(DOT_DTYPE)
-            b_w = tl.load(p_w + i_k, eviction_policy="evict_first").to(DOT_DTYPE)
+        b_x = tl.load(p_x + i_k, mask=m_m & m_k if MASK_K else m_m, other=0.0).to(DOT_DTYPE)
+        b_w = _load(p_w + i_k, m_k, MASK_K).to(DOT_DTYPE)
         b_y = tl.dot(b_x, tl.trans(b_w), b_y, input_precision="ieee")
-        if IS_GATED:
-            if MASK_K:
-                b_u = tl.load(p_up + i_k, mask=m_k, other=0.0, eviction_policy="evict_first").to(DOT_DTYPE)
-            else:
-                b_u = tl.load(p_up + i_k, eviction_policy="evict_first").to(DOT_DTYPE)
-            b_up = tl.dot(b_x, tl.trans(b_u), b_up, input_precision="ieee")
     if IS_GATED:
-        b_y = _silu(b_y) * b_up
-    o_column = first_column + o_n
-    m_y = m_m[:, None] & (o_n < num_rows)[None, :]
-    o_m = o_m.to(tl.int64)
-    if p_residual is not None:
-        p_r = p_residual + o_m[:, None] * stride_residual + o_column[None, :]
-        b_y += tl.load(p_r, mask=m_y, other=0.0).to(tl.float32)
-    p_y = p_output + o_m[:, None] * num_columns + o_column[None, :]
+        b_y = _gate(tl.reshape(b_y, [BLOCK_M, BLOCK_N // 2, 2]))
+    b_y += b_residual
+    p_y = p_output + o_m * num_columns + o_column[None, :]
     tl.store(p_y, b_y.to(p_output.dtype.element_ty), mask=m_y)
 
 
@@ -214,6 +209,15 @@ def _norm_kernel(p_input, p_norm, p_output, stride_input, eps, K: tl.constexpr, 
     tl.store(p_output + i_m * K + o_k, b_x.to(p_output.dtype.element_ty), mask=m_k)
 
 
+def _num_prefetched_lines(num_weight_rows: int, row_bytes: int) -> int:
+    """Lines of each weight row that a program asks for ahead: a power of two, inside the row and the budget.
+
+    Past the last row there may be no memory.
+    """
+    num_bytes = min(row_bytes, _PREFETCHED_BYTES // num_weight_rows)
+    return 1 << max(0, (num_bytes // _LINE_BYTES.value).bit_length() - 1)
+
+
 def linear(
     rows: torch.Tensor,
     weights: list[torch.Tensor],
@@ -231,67 +235,56 @@ def linear(
     output is contiguous; residual `[M, N]` has contiguous rows; M, K and every N_i are above 0.
     """
     num_rows, depth = rows.shape
+    is_one_at_a_time = is_one_row_at_a_time(num_rows, rows.dtype)
+    if norm_weight is not None and not is_one_at_a_time:
+        rows = _norm(rows, norm_weight, eps, is_dependent)
     first, second, third = (*weights, weights[0], weights[0])[:3]
-    sizes = [weight.shape[0] for weight in weights] + [0, 0]
-    num_tiles = sum(triton.cdiv(weight.shape[0], tiles.block_n) for weight in (weights[:1] if is_gated else weights))
-    shared = {
+    sizes = [weight.shape[0] for weight in (weights[:1] if is_gated else weights)]
+    width = tiles.block_n // 2 if is_gated else tiles.block_n
+    num_tiles = sum(triton.cdiv(size, width) for size in sizes)
+    arguments = {
+        "p_input": rows,
+        "p_residual": residual,
+        "p_output": output,
+        "p_first": first,
+        "p_second": second,
+        "p_third": third,
+        "M": num_rows,
+        "N1": sizes[0],
+        "N2": sizes[1] if len(sizes) > 1 else None,
+        "N3": sizes[2] if len(sizes) > 2 else 0,
+        "num_columns": output.shape[1],
+        "stride_input": rows.stride(0),
+        "stride_residual": 0 if residual is None else residual.stride(0),
         "K": depth,
         "BLOCK_N": tiles.block_n,
         "BLOCK_K": tiles.block_k,
         "IS_GATED": is_gated,
-        "NUM_LINES": triton.next_power_of_2(
-            triton.cdiv(min(depth * rows.element_size(), _PREFETCHED_BYTES), _LINE_BYTES.value)
-        ),
+        "NUM_LINES": _num_prefetched_lines(sum(weight.shape[0] for weight in weights), depth * rows.element_size()),
         "IS_DEPENDENT": is_dependent,
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
         **dependent_launch.launch_options(is_dependent),
     }
-    stride_residual = 0 if residual is None else residual.stride(0)
-    if is_one_row_at_a_time(num_rows, rows.dtype):
-        _row_kernel[(num_tiles, num_rows)](
-            rows,
-            norm_weight,
-            residual,
-            output,
-            first,
-            second,
-            third,
-            *sizes[:3],
-            output.shape[1],
-            rows.stride(0),
-            stride_residual,
-            eps,
-            **shared,
+    if is_one_at_a_time:
+        _row_kernel[(num_tiles * num_rows,)](p_norm=norm_weight, eps=eps, **arguments)
+    else:
+        _tile_kernel[(num_tiles, triton.cdiv(num_rows, tiles.block_m))](
+            BLOCK_M=tiles.block_m, DOT_DTYPE=softmax.dot_dtype(rows.dtype), **arguments
         )
-        return
-    if norm_weight is not None:
-        normed = rows.new_empty((num_rows, depth))
-        _norm_kernel[(num_rows,)](
-            rows,
-            norm_weight,
-            normed,
-            rows.stride(0),
-            eps,
-            K=depth,
-            IS_DEPENDENT=is_dependent,
-            num_warps=8,
-            **dependent_launch.launch_options(is_dependent),
-        )
-        rows = normed
-    _tile_kernel[(num_tiles, triton.cdiv(num_rows, tiles.block_m))](
+
+
+def _norm(rows: torch.Tensor, norm_weight: torch.Tensor, eps: float, is_dependent: bool) -> torch.Tensor:
+    normed = rows.new_empty(rows.shape)
+    _norm_kernel[(rows.shape[0],)](
         rows,
-        residual,
-        output,
-        first,
-        second,
-        third,
-        num_rows,
-        *sizes[:3],
-        output.shape[1],
+        norm_weight,
+        normed,
         rows.stride(0),
-        stride_residual,
-        BLOCK_M=tiles.block_m,
-        DOT_DTYPE=softmax.dot_dtype(rows.dtype),
-        **shared,
+        eps,
+        K=rows.shape[1],
+        IS_DEPENDENT=is_dependent,
+        num_warps=8,
+        **dependent_launch.launch_options(is_dependent),
     )
+    return normed

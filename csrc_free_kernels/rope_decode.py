@@ -12,6 +12,7 @@ from csrc_free_kernels import combine, dependent_launch, masks, softmax
 from csrc_free_kernels.tuning import SLOTS_PER_SHARE, Tiles
 
 _SHARE = tl.constexpr(SLOTS_PER_SHARE)
+_PREFETCHED_SLOTS = tl.constexpr(64)
 
 
 @triton.jit
@@ -40,6 +41,29 @@ def _load_rotated(p_rows, m_row, p_cos, p_sin, D: tl.constexpr, BLOCK_D: tl.cons
     b_sin = tl.load(p_sin + o_d, mask=m_d, other=0.0).to(tl.float32)
     b_sin = tl.where(o_d < HALF, -b_sin, b_sin)
     return (b_x * b_cos[None, :] + b_partner * b_sin[None, :]).to(DOT_DTYPE)
+
+
+@triton.jit
+def _prefetch_share(
+    p_key, stride_key, p_value, stride_value, p_range, stride_range, i_split, num_splits, S, window,
+    D: tl.constexpr, Dv: tl.constexpr, HAS_WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Asks for the first slots of the split's share while the kernel ahead still runs.
+
+    The range may be about to change, so it is a hint here and read again later: any slot inside the cache will do.
+    """
+    end = tl.minimum(tl.maximum(tl.load(p_range + stride_range, volatile=True), 1), S)
+    start = tl.minimum(tl.maximum(tl.load(p_range, volatile=True), 0), end)
+    low, _ = masks.visible_bounds(start, end, end - 1, end - 1, window, False, HAS_WINDOW)
+    share = tl.cdiv(tl.cdiv(end - low, num_splits), _SHARE) * _SHARE
+    o_slot = low + i_split * share + tl.arange(0, _PREFETCHED_SLOTS)
+    o_slot = tl.maximum(tl.minimum(o_slot, S - 1), 0).to(tl.int64)[:, None]
+    WIDTH: tl.constexpr = p_key.dtype.element_ty.primitive_bitwidth // 8
+    LINE: tl.constexpr = 128 // WIDTH
+    o_key = tl.arange(0, triton.next_power_of_2(triton.cdiv(D, LINE)))[None, :] * LINE
+    o_value = tl.arange(0, triton.next_power_of_2(triton.cdiv(Dv, LINE)))[None, :] * LINE
+    dependent_launch.prefetch_l2(p_key + o_slot * stride_key + tl.minimum(o_key, D - 1))
+    dependent_launch.prefetch_l2(p_value + o_slot * stride_value + tl.minimum(o_value, Dv - 1))
 
 
 @triton.jit(do_not_specialize=["Hkv", "G", "S", "window", "num_splits", "num_row_tiles", "num_rows"])
@@ -90,7 +114,6 @@ def _rope_decode_kernel(
     DOT_DTYPE: tl.constexpr,
     IS_DEPENDENT: tl.constexpr,
 ):
-    dependent_launch.launch_dependents(IS_DEPENDENT)
     MASK_D: tl.constexpr = D != BLOCK_D
     MASK_DV: tl.constexpr = Dv != BLOCK_DV
     i_split = tl.program_id(0) % num_splits
@@ -98,6 +121,13 @@ def _rope_decode_kernel(
     i_bh = tl.program_id(0) // (num_splits * num_row_tiles)
     i_b = (i_bh // Hkv).to(tl.int64)
     i_kv_head = i_bh % Hkv
+    p_k = p_key_cache + i_b * stride_key_cache[0] + i_kv_head.to(tl.int64) * stride_key_cache[1]
+    p_v = p_value_cache + i_b * stride_value_cache[0] + i_kv_head.to(tl.int64) * stride_value_cache[1]
+    if IS_DEPENDENT:
+        _prefetch_share(
+            p_k, stride_key_cache[2], p_v, stride_value_cache[2], p_range + i_b * stride_range[0], stride_range[1],
+            i_split, num_splits, S, window, D, Dv, HAS_WINDOW,
+        )  # fmt: skip
     dependent_launch.wait(IS_DEPENDENT)
     start, end, has_slot = _load_slot_range(p_range, stride_range, i_b, S)
 
@@ -121,8 +151,8 @@ def _rope_decode_kernel(
     p_new_v = p_value + i_b * stride_value[0] + i_kv_head.to(tl.int64) * stride_value[1]
     p_c = p_cos + i_b * stride_cos
     p_s = p_sin + i_b * stride_sin
-    p_k = p_key_cache + i_b * stride_key_cache[0] + i_kv_head.to(tl.int64) * stride_key_cache[1] + o_d[None, :]
-    p_v = p_value_cache + i_b * stride_value_cache[0] + i_kv_head.to(tl.int64) * stride_value_cache[1] + o_dv[None, :]
+    p_k = p_k + o_d[None, :]
+    p_v = p_v + o_dv[None, :]
 
     is_first = i_split == 0
     # [BLOCK_M, BLOCK_D], [1, BLOCK_D] and [1, BLOCK_DV]
@@ -160,6 +190,8 @@ def _rope_decode_kernel(
         b_p, b_o, b_max, b_sum = softmax.update(b_s, b_o, b_max, b_sum, to_log2)
         b_o = softmax.accumulate(b_o, b_p, b_v)
 
+    # Only now: what comes next prefetches weights, which must not stand in the way of the cache's slots.
+    dependent_launch.launch_dependents(IS_DEPENDENT)
     i_row = i_b * Hkv * G + o_head
     if IS_SPLIT:
         i_part = i_split.to(tl.int64) * num_rows + i_row

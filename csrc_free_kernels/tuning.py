@@ -20,7 +20,7 @@ class Tiles:
 
 @dataclass(frozen=True)
 class LinearTiles:
-    """How a linear kernel is cut: rows of the input, rows of a weight and depth a tile, warps, loads in flight."""
+    """How a linear kernel is cut: rows of the input, rows of weights and depth a tile, warps, loads in flight."""
 
     block_m: int
     block_n: int
@@ -53,9 +53,16 @@ _DECODE: dict[str, Table] = {
     "ampere": {(64, 2): Tiles(64, 32, 4, 4), (128, 2): Tiles(64, 32, 4, 4), (256, 2): Tiles(32, 32, 4, 3)},
     "small": {(64, 2): Tiles(64, 64, 4, 2), (128, 2): Tiles(32, 64, 4, 2), (256, 2): Tiles(32, 32, 4, 2)},
 }
+# Tiles of linear layers on tensor cores, by generation. A gated tile shares its rows between two weights.
+_LINEAR = {
+    "hopper": LinearTiles(32, 32, 256, 4, 6),
+    "ampere": LinearTiles(32, 32, 256, 4, 6),
+    "small": LinearTiles(32, 32, 128, 4, 4),
+}
 # Every other GPU gets the tables that fit 64 KB of shared memory.
 _GENERATION = {"sm_90": "hopper", "sm_80": "ampere", "sm_100": "ampere", "sm_103": "ampere"}
-_MIN_DECODE_ROWS = 16
+# Tensor cores multiply no fewer rows, and no shorter ones.
+_MIN_DOT_SIZE = 16
 # Query tokens up to which the split kernel serves; beyond, prefill has enough tiles of its own.
 MAX_DECODE_TOKENS = 16
 # Splits share a KV range in units of this many slots.
@@ -63,8 +70,7 @@ SLOTS_PER_SHARE = 16
 _MIN_SLOTS_PER_SPLIT = 64
 _MAX_SPLITS = 128
 _WAVES = 2
-_MAX_LINEAR_ROWS = 32
-# Beyond this depth the matrix-vector kernel reads more rows at a time, each in shorter pieces.
+# Beyond this depth the matrix-vector kernel reads more rows at a time.
 _LONG_DEPTH = 8192
 
 
@@ -108,7 +114,7 @@ def decode_tiles(arch: str, dtype: torch.dtype, head_dim: int, num_rows: int) ->
     """
     table = _DECODE[_GENERATION.get(arch, "small")] | _FLOAT32_DECODE
     largest = table[_table_key(dtype, head_dim)]
-    rows = min(largest.block_m, max(_MIN_DECODE_ROWS, _next_power_of_2(num_rows)))
+    rows = min(largest.block_m, max(_MIN_DOT_SIZE, _next_power_of_2(num_rows)))
     return replace(largest, block_m=rows)
 
 
@@ -117,25 +123,25 @@ def is_one_row_at_a_time(num_rows: int, dtype: torch.dtype) -> bool:
     return num_rows == 1 or dtype == torch.float32
 
 
-def linear_tiles(num_rows: int, depth: int, dtype: torch.dtype, is_gated: bool) -> LinearTiles:
+def linear_tiles(arch: str, dtype: torch.dtype, num_rows: int, depth: int) -> LinearTiles:
     """Tiles of the linear kernels for num_rows rows of depth elements.
 
     Example:
-        >>> linear_tiles(num_rows=1, depth=4096, dtype=torch.bfloat16, is_gated=False)
+        >>> linear_tiles("sm_90", torch.bfloat16, num_rows=1, depth=4096)
         LinearTiles(block_m=1, block_n=4, block_k=2048, num_warps=4, num_stages=1)
     """
-    # A gated tile holds as many rows of each of two weights.
-    halves = 2 if is_gated else 1
     if is_one_row_at_a_time(num_rows, dtype):
         num_warps = 8 if depth > _LONG_DEPTH else 4
-        widest = 1024 if depth > _LONG_DEPTH else 2048
-        block_k = min(widest, _next_power_of_2(depth)) * 2 // dtype.itemsize
-        # 64 elements of 16 bits a thread: eight loads of 16 bytes in flight.
-        block_n = num_warps * 32 * 64 * 2 // dtype.itemsize // block_k // halves
-        return LinearTiles(1, max(1, block_n), block_k, num_warps, num_stages=1)
-    block_m = min(_MAX_LINEAR_ROWS, max(16, _next_power_of_2(num_rows)))
-    block_k = min(256, max(16, _next_power_of_2(depth)))
-    return LinearTiles(block_m, 32 // halves, block_k, num_warps=4, num_stages=6)
+        block_k = min(4096 // dtype.itemsize, _next_power_of_2(depth))
+        # Eight loads of 16 bytes in flight a thread.
+        block_n = num_warps * 32 * (128 // dtype.itemsize) // block_k
+        return LinearTiles(1, block_n, block_k, num_warps, num_stages=1)
+    largest = _LINEAR[_GENERATION.get(arch, "small")]
+    return replace(
+        largest,
+        block_m=min(largest.block_m, max(_MIN_DOT_SIZE, _next_power_of_2(num_rows))),
+        block_k=min(largest.block_k, max(_MIN_DOT_SIZE, _next_power_of_2(depth))),
+    )
 
 
 def choose_num_splits(num_programs: int, kv_len: int, num_multiprocessors: int) -> int:

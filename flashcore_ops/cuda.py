@@ -154,6 +154,7 @@ def linear(
     rows = input.reshape(-1, input.shape[-1])
     if rows.shape[0] == 0:
         return
+    arch = tuning.architecture(input.device)
     with torch.cuda.device(input.device):
         linear_kernels.linear(
             rows.contiguous(),
@@ -163,6 +164,6 @@ def linear(
             eps=eps,
             residual=None if residual is None else residual.view(-1, output.shape[-1]),
             is_gated=is_gated,
-            tiles=tuning.linear_tiles(rows.shape[0], rows.shape[1], rows.dtype, is_gated),
-            is_dependent=tuning.supports_dependent_launch(tuning.architecture(input.device)),
+            tiles=tuning.linear_tiles(arch, rows.dtype, num_rows=rows.shape[0], depth=rows.shape[1]),
+            is_dependent=tuning.supports_dependent_launch(arch),
         )

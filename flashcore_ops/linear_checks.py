@@ -48,7 +48,10 @@ def check_linear(
 def _check_weights(input: Tensor, weights: Sequence[Tensor], is_gated: bool) -> None:
     if not 1 <= len(weights) <= MAX_WEIGHTS:
         raise ShapeError.explain(
-            "weights", expected=f"1 to {MAX_WEIGHTS} of them", got=f"{len(weights)}", fix="Split the call."
+            "weights",
+            expected=f"1 to {MAX_WEIGHTS} of them",
+            got=f"{len(weights)}",
+            fix="Pass the weights of the layers that share this input.",
         )
     for i, weight in enumerate(weights):
         if weight.dim() != 2 or weight.shape[0] == 0:

@@ -124,10 +124,10 @@ def assert_as_accurate_as_pytorch(output: Tensor, lse: Tensor | None, problem: P
         assert torch.equal(lse.double()[blind], exact_lse[blind]), "a row that sees nothing has its sink, or -inf"
 
     def excess() -> str:
-        over = excess_over_bar("output", output, [each for each, _ in plain], exact, problem.query.dtype)
+        over = over_the_bar("output", output, [each for each, _ in plain], exact, problem.query.dtype)
         if lse is not None:
             plain_lse = [each[~blind] for _, each in plain]
-            over += excess_over_bar("lse", lse[~blind], plain_lse, exact_lse[~blind], torch.float32)
+            over += over_the_bar("lse", lse[~blind], plain_lse, exact_lse[~blind], torch.float32)
         return over
 
     over = excess()
@@ -139,8 +139,8 @@ def assert_as_accurate_as_pytorch(output: Tensor, lse: Tensor | None, problem: P
     assert not over, over
 
 
-def excess_over_bar(name: str, actual: Tensor, plain: list[Tensor], exact: Tensor, dtype: torch.dtype) -> str:
-    """What of the error is over the bar, in words, or nothing."""
+def over_the_bar(name: str, actual: Tensor, plain: list[Tensor], exact: Tensor, dtype: torch.dtype) -> str:
+    """What is over the bar, in words, or nothing."""
     if exact.numel() == 0:
         return ""
     error = (actual.double() - exact).abs().max().item()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flashcore_ops import reference
-from tests.problems import excess_over_bar
+from tests.problems import over_the_bar
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def assert_output_as_accurate_as_pytorch(output: Tensor, problem: RopeProblem) -
 
     def excess() -> str:
         seen = [each[has_slot] for each in plain]
-        return excess_over_bar("output", output[has_slot], seen, exact[has_slot], problem.query.dtype)
+        return over_the_bar("output", output[has_slot], seen, exact[has_slot], problem.query.dtype)
 
     over = excess()
     if over:
@@ -142,7 +142,7 @@ def assert_appended(before: RopeProblem, after: RopeProblem, key: Tensor | None)
         key = after.key_cache[rows, :, slots]
         plain = reference.rotate(before.key, before.cos, before.sin)[rows, :, 0]
         exact = reference.rotate(before.key.double(), before.cos.double(), before.sin.double())[rows, :, 0]
-        over = excess_over_bar("key", key, [plain], exact, before.key.dtype)
+        over = over_the_bar("key", key, [plain], exact, before.key.dtype)
         assert not over, over
     else:
         key = key[rows, :, 0]

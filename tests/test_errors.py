@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import flashcore_ops
-from flashcore_ops import append_kv_, attention, attention_with_lse, ops
+from flashcore_ops import append_kv_, attention, attention_with_lse, linear, ops
 from flashcore_ops.errors import (
     DeviceError,
     DtypeError,
@@ -23,6 +24,7 @@ from flashcore_ops.errors import (
     OptionError,
     ShapeError,
 )
+from tests.linear_errors import LINEAR_CASES, linear_arguments
 
 Arguments = dict[str, Any]
 
@@ -277,6 +279,7 @@ CASES = [
     for ops, valid, cases in (
         ((attention, attention_with_lse), attention_arguments, ATTENTION_CASES),
         ((append_kv_,), append_arguments, APPEND_CASES),
+        ((linear,), linear_arguments, LINEAR_CASES),
     )
     for op in ops
     for name, wrong, error, text in cases
@@ -337,6 +340,18 @@ def test_mixed_devices(name):
     arguments[name] = arguments[name].cpu()
     with pytest.raises(DeviceError, match=rf"^{name}: expected query's device cuda:0, got cpu\."):
         attention(**arguments)
+
+
+@pytest.mark.parametrize("name", ["norm_weight", "residual", "weights[1]"])
+@pytest.mark.parametrize("other_device", ["meta", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_mixed_devices_of_linear(name, other_device):
+    arguments = linear_arguments()
+    if name == "weights[1]":
+        arguments["weights"][1] = arguments["weights"][1].to(other_device)
+    else:
+        arguments[name] = arguments[name].to(other_device)
+    with pytest.raises(DeviceError, match=rf"^{re.escape(name)}: expected input's device cpu, got {other_device}"):
+        linear(**arguments)
 
 
 @pytest.mark.parametrize("name", ["key", "kv_range"])

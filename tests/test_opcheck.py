@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
+from tests.linear_problems import make_linear
 from tests.problems import DTYPES, make_problem
 from tests.rope_problems import make_rope_problem
 
@@ -99,3 +100,26 @@ def test_rope_append_attention(device, case):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rope_append_attention_dtypes(device, dtype):
     check_rope(make_rope_problem(dtype=dtype, device=device, has_sinks=True))
+
+
+LINEAR_CASES = {
+    "plain": {},
+    "one dim": {"shape": (64,)},
+    "no rows": {"shape": (2, 0, 64), "has_residual": True},
+    "three weights": {"sizes": (24, 8, 1), "has_norm": True},
+    "residual": {"shape": (2, 3, 64), "has_residual": True},
+    "gated": {"sizes": (24, 24), "has_norm": True, "has_residual": True, "is_gated": True},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", LINEAR_CASES)
+def test_linear(device, dtype, case):
+    problem = make_linear(dtype=dtype, device=device, **LINEAR_CASES[case])
+    opcheck(torch.ops.flashcore.linear.default, problem.arguments())
+
+
+@pytest.mark.parametrize("num_rows", [1, 5])
+def test_linear_layouts(device, num_rows):
+    columns_first = torch.randn(64, num_rows, 2, device=device).permute(1, 2, 0)
+    opcheck(torch.ops.flashcore.linear.default, (columns_first, [torch.randn(24, 64, device=device)]))

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashcore_ops import append_kv_, attention, attention_with_lse, reference
+from flashcore_ops import append_kv_, attention, attention_with_lse, linear, reference
+from tests.linear_problems import assert_linear_as_accurate_as_pytorch, make_linear
 from tests.problems import Problem, assert_as_accurate_as_pytorch, make_problem
 
 head_dims = st.sampled_from([16, 24, 32, 40, 64, 80])
@@ -105,5 +106,30 @@ def test_append_equals_the_reference(device):
         reference.append_kv_(*expected, *tokens, positions)
         append_kv_(*caches, *tokens, positions)
         assert all(torch.equal(cache, other) for cache, other in zip(caches, expected, strict=True))
+
+    check()
+
+
+def test_linear_equals_the_oracle(device):
+    leading_dims = st.lists(st.integers(0, 6), max_size=3)
+    some_sizes = st.lists(st.integers(1, 200), min_size=1, max_size=3)
+
+    @examples(device, on_cpu=60)
+    @given(leading_dims, st.integers(1, 700), some_sizes, st.data())
+    def check(leading, depth, sizes, data) -> None:
+        is_gated = data.draw(st.booleans())
+        torch.manual_seed(data.draw(st.integers(0, 2**16)))
+        problem = make_linear(
+            (*leading, depth),
+            sizes=(sizes[0], sizes[0]) if is_gated else tuple(sizes),
+            dtype=data.draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16])),
+            device=device,
+            has_norm=data.draw(st.booleans()),
+            eps=data.draw(st.sampled_from([0.0, 1e-6, 1.0])),
+            has_residual=data.draw(st.booleans()),
+            is_gated=is_gated,
+        )
+        problem = data.draw(st.sampled_from([problem, problem.with_offset()]))
+        assert_linear_as_accurate_as_pytorch(linear(*problem.arguments()), problem)
 
     check()

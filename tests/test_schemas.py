@@ -10,7 +10,7 @@ import torch
 import flashcore_ops
 from tests.snapshots import assert_expected_inline
 
-OPS = ("attention", "attention_with_lse", "append_kv_", "rope_append_attention")
+OPS = ("attention", "attention_with_lse", "append_kv_", "linear", "rope_append_attention")
 
 
 def test_schemas():
@@ -45,6 +45,12 @@ flashcore::append_kv_(Tensor(a!) key_cache,
   Tensor key,
   Tensor value,
   Tensor positions) -> ()
+flashcore::linear(Tensor input,
+  Tensor[] weights,
+  Tensor? norm_weight=None,
+  float eps=9.9999999999999995e-07,
+  Tensor? residual=None,
+  bool is_gated=False) -> Tensor
 flashcore::rope_append_attention(Tensor query,
   Tensor key,
   Tensor value,

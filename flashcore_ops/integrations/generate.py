@@ -74,15 +74,16 @@ class KeptGeneration:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # pickle looks a class up by its name, and finds the parent.
-        _, _, *rest = super().__reduce_ex__(protocol)
-        return (_new_instance, (type(self).__mro__[2],), *rest)
+        reduced: Any = super().__reduce_ex__(protocol)
+        return (_new_instance, (type(self).__mro__[2],), *reduced[2:])
 
 
 def keep_generation(model: nn.Module) -> None:
     """Swaps the class of every generating model in `model` for one that keeps caches. The name stays: it is saved."""
     for module in list(model.modules()):
         if isinstance(module, GenerationMixin) and not isinstance(module, KeptGeneration):
-            module.__class__ = _kept_class(type(module))
+            parent: Any = type(module)
+            module.__class__ = _kept_class(parent)
 
 
 def unkeep_generation(model: nn.Module) -> None:
@@ -99,7 +100,7 @@ def _kept_class(parent: Any) -> Any:
     return type(parent.__name__, (KeptGeneration, parent), names)
 
 
-def _new_instance(parent: type) -> Any:
+def _new_instance(parent: Any) -> Any:
     return object.__new__(_kept_class(parent))
 
 

@@ -1,4 +1,4 @@
-"""compute-sanitizer over hostile kv_range and positions: no kernel may touch memory outside its tensors."""
+"""compute-sanitizer over hostile kv_range and positions, and odd linear layers: no access outside the tensors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = [
 
 HOSTILE_CALLS = """
 import torch
-from flashcore_ops import append_kv_, attention_with_lse, rope_append_attention
+from flashcore_ops import append_kv_, attention_with_lse, linear, rope_append_attention
 
 INT32, INT64 = torch.iinfo(torch.int32), torch.iinfo(torch.int64)
 hostile = [(-7, 5), (3, 2000), (2000, 3000), (INT32.min, INT32.max), (INT32.max, INT32.min), (40, 41)]
@@ -41,6 +41,13 @@ key_cache, value_cache = (torch.zeros(6, 2, 41, 24, device="cuda") for _ in "kv"
 key, value = torch.randn(2, 6, 2, 3, 24, device="cuda").unbind()
 positions = torch.tensor([-2, 0, 40, 0, 41, 0, -100, 0, INT64.max, 0, INT64.min], device="cuda")[::2]
 append_kv_(key_cache, value_cache, key, value.clone(), positions)
+HALF, FLOAT = torch.float16, torch.float32
+for dtype, num_rows, depth in [(HALF, 1, 570), (HALF, 35, 570), (HALF, 1, 8), (HALF, 1, 8200), (FLOAT, 3, 33)]:
+    options = {"dtype": dtype, "device": "cuda"}
+    weights = [torch.randn(size, depth, **options) for size in (7, 33, 1)]
+    rows, norm_weight = torch.randn(num_rows, depth, **options), torch.randn(depth, **options)
+    linear(rows, weights, norm_weight, residual=torch.randn(num_rows, 41, **options))
+    linear(rows, [weights[1], weights[1].clone()], is_gated=True)
 torch.cuda.synchronize()
 print("all calls ran")
 """

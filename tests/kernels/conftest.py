@@ -17,7 +17,14 @@ from tests.problems import DTYPES
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # tests/test_attention.py takes a GPU through every dtype; here its time goes to tile edges.
 KERNEL_DTYPES = DTYPES if IS_INTERPRETED else [torch.bfloat16]
-LAUNCHING = ["test_decode.py", "test_kv_append.py", "test_prefill.py", "test_rope_decode.py", "test_softmax.py"]
+LAUNCHING = [
+    "test_decode.py",
+    "test_kv_append.py",
+    "test_linear.py",
+    "test_prefill.py",
+    "test_rope_decode.py",
+    "test_softmax.py",
+]
 
 if IS_INTERPRETED:
     collect_ignore = ["test_ahead_of_time.py", "test_interpreter.py"]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from csrc_free_kernels import decode, prefill, tuning
-from csrc_free_kernels.tuning import Tiles
+from csrc_free_kernels import decode, linear, prefill, tuning
+from csrc_free_kernels.tuning import LinearTiles, Tiles, linear_tiles
 from tests.kernels.conftest import IS_INTERPRETED
+from tests.linear_problems import LinearProblem, assert_linear_as_accurate_as_pytorch
 from tests.problems import Problem, assert_as_accurate_as_pytorch
 
 
@@ -33,6 +34,32 @@ def check_decode(problem: Problem, tiles: Tiles, num_splits: int) -> None:
     assert_as_accurate_as_pytorch(output, lse, problem)
 
 
+def check_linear(problem: LinearProblem, tiles: LinearTiles | None = None) -> None:
+    assert_linear_as_accurate_as_pytorch(launch_linear(problem, tiles), problem)
+
+
+def launch_linear(problem: LinearProblem, tiles: LinearTiles | None = None) -> Tensor:
+    """The kernels' result on rows `[M, K]`, in Hopper's tiles unless others are given."""
+    num_rows, depth = problem.input.shape
+    dtype, is_gated = problem.input.dtype, problem.is_gated
+    if tiles is None:
+        tiles = linear_tiles("sm_90", dtype, num_rows=num_rows, depth=depth)
+    width = sum(weight.shape[0] for weight in problem.weights) // (2 if is_gated else 1)
+    output = torch.full((num_rows, width), torch.nan, dtype=_output_dtype(dtype), device=problem.input.device)
+    linear.linear(
+        problem.input,
+        problem.weights,
+        output,
+        norm_weight=problem.norm_weight,
+        eps=problem.eps,
+        residual=problem.residual,
+        is_gated=is_gated,
+        tiles=tiles,
+        is_dependent=False,
+    )
+    return output
+
+
 def poisoned_outputs(problem: Problem) -> tuple[Tensor, Tensor]:
     lse = torch.full(problem.query.shape[:3], torch.nan, device=problem.query.device)
     return poisoned_output(problem.query, problem.value), lse
@@ -41,16 +68,18 @@ def poisoned_outputs(problem: Problem) -> tuple[Tensor, Tensor]:
 def poisoned_output(query: Tensor, value: Tensor) -> Tensor:
     batch, num_query_heads, query_len, _ = query.shape
     shape = (batch, query_len, num_query_heads, value.shape[3])
-    # The interpreter truncates a cast to bfloat16 where the hardware rounds: there the result stays in float32.
-    is_truncated = IS_INTERPRETED and query.dtype == torch.bfloat16
-    dtype = torch.float32 if is_truncated else query.dtype
     # Rows without a slot are NaN by definition; infinity is neither that nor any other right answer.
-    return torch.full(shape, torch.inf, dtype=dtype, device=query.device).transpose(1, 2)
+    return torch.full(shape, torch.inf, dtype=_output_dtype(query.dtype), device=query.device).transpose(1, 2)
 
 
 def is_dependent(device: torch.device) -> bool:
     """Whether the CUDA path would launch decode's kernels dependent on this device."""
     return device.type == "cuda" and tuning.supports_dependent_launch(tuning.architecture(device))
+
+
+def _output_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The interpreter truncates a cast to bfloat16 where the hardware rounds: there the result stays in float32."""
+    return torch.float32 if IS_INTERPRETED and dtype == torch.bfloat16 else dtype
 
 
 def _options(problem: Problem) -> dict[str, object]:

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from csrc_free_kernels import decode, kv_append, prefill, rope_decode, tuning
+from csrc_free_kernels import decode, kv_append, linear, prefill, rope_decode, tuning
 from tests.kernels.ahead_of_time import SHARED_MEMORY_LIMIT, TARGETS, CompiledKernel, compiled_for
 
 HALF, FLOAT = torch.float16, torch.float32
@@ -145,8 +145,9 @@ def test_dependent_kernels_wait_before_they_touch_memory(arch):
     for kernel in kernels:
         before, waits, after = kernel.assembly.partition("griddepcontrol.wait")
         assert waits, kernel.name
-        assert "griddepcontrol.launch_dependents" in before, kernel.name
-        accesses = re.compile(r"^.*\b(ld\.global|st\.global|cp\.async|atom|red)\b.*$", re.MULTILINE)
+        assert "griddepcontrol.launch_dependents" in kernel.assembly, kernel.name
+        # A volatile load may come earlier: it only says what to prefetch.
+        accesses = re.compile(r"^.*\b(ld\.global|st\.(volatile\.)?global|cp\.async|atom|red)\b.*$", re.MULTILINE)
         assert not accesses.findall(before), kernel.name
         assert accesses.search(after), kernel.name
 
@@ -164,3 +165,86 @@ def test_append(arch):
 def test_hopper_prefill_uses_wgmma(dtype, head_dim):
     (kernel,) = compile_attention("sm_90", dtype, head_dim, query_len=200)
     assert "wgmma.mma_async" in kernel.assembly
+
+
+# Llama 3.1 8B: (K, the weights' rows, what rides along).
+LINEAR_LAYERS = {
+    "qkv": (4096, (4096, 1024, 1024), {"has_norm": True}),
+    "o": (4096, (4096,), {"has_residual": True}),
+    "gate_up": (4096, (14336, 14336), {"has_norm": True, "is_gated": True}),
+    "down": (14336, (4096,), {"has_residual": True}),
+}
+
+
+def compile_linear(arch: str, dtype: torch.dtype, num_rows: int, layer: str) -> list[CompiledKernel]:
+    """Compiles what the CUDA path would launch for a linear layer."""
+    depth, sizes, options = LINEAR_LAYERS[layer]
+    is_gated = options.get("is_gated", False)
+    rows = torch.empty(num_rows, depth, dtype=dtype)
+    output = torch.empty(num_rows, sizes[0] if is_gated else sum(sizes), dtype=dtype)
+    with compiled_for(arch) as compiled:
+        linear.linear(
+            rows,
+            [torch.empty(size, depth, dtype=dtype) for size in sizes],
+            output,
+            norm_weight=torch.empty(depth, dtype=dtype) if options.get("has_norm") else None,
+            eps=1e-5,
+            residual=torch.empty_like(output) if options.get("has_residual") else None,
+            is_gated=is_gated,
+            tiles=tuning.linear_tiles(arch, dtype, num_rows=num_rows, depth=depth),
+            is_dependent=tuning.supports_dependent_launch(arch),
+        )
+    return compiled
+
+
+def check_linear(arch: str, dtype: torch.dtype, num_rows: int, layer: str) -> None:
+    compiled = compile_linear(arch, dtype, num_rows, layer)
+    check_limits(arch, dtype, compiled)
+    for kernel in compiled:
+        before, wait, after = kernel.assembly.partition("griddepcontrol.wait")
+        assert bool(wait) == (arch in ("sm_90", "sm_100")), f"{arch} {kernel.name}: dependent launch"
+        if wait:
+            assert "griddepcontrol.launch_dependents" in before
+            # The kernel ahead may still be writing what these would read.
+            assert not re.search(r"\bld\.global|cp\.async\.c|\bst\.global", before), kernel.name
+            assert re.search(r"\bst\.global", after)
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+@pytest.mark.parametrize(
+    ("layer", "dtype", "num_rows"),
+    [
+        ("qkv", torch.bfloat16, 1),
+        ("gate_up", torch.bfloat16, 1),
+        ("down", torch.bfloat16, 1),
+        ("gate_up", torch.bfloat16, 8),
+        ("down", torch.bfloat16, 32),
+        ("gate_up", HALF, 32),
+        ("gate_up", FLOAT, 8),
+    ],
+    ids=str,
+)
+def test_linear(arch, layer, dtype, num_rows):
+    check_linear(arch, dtype, num_rows, layer)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", TARGETS)
+@pytest.mark.parametrize("dtype", [HALF, torch.bfloat16, FLOAT], ids=str)
+@pytest.mark.parametrize("num_rows", [1, 8, 32])
+@pytest.mark.parametrize("layer", LINEAR_LAYERS)
+def test_linear_full_product(arch, layer, dtype, num_rows):
+    check_linear(arch, dtype, num_rows, layer)
+
+
+@pytest.mark.parametrize("layer", ["qkv", "gate_up", "down"])
+def test_hopper_reads_weights_by_16_bytes(layer):
+    """Eight 16-byte loads a thread in flight for one row, 16-byte copies to shared memory for more."""
+    (row_kernel,) = compile_linear("sm_90", torch.bfloat16, 1, layer)
+    weight_loads = re.findall(r"ld\.global\.L1::evict_first\S*", row_kernel.assembly)
+    assert len(weight_loads) == 8
+    assert all(load.endswith(".v4.b32") for load in weight_loads)
+    tile_kernel = compile_linear("sm_90", torch.bfloat16, 8, layer)[-1]
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global [^;]*", tile_kernel.assembly)
+    assert copies
+    assert all("], 0x10, " in copy for copy in copies)
