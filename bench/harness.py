@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from statistics import median
@@ -83,18 +83,26 @@ def time_interleaved(
             failures[name] = describe(error)
     for graph in graphs.values():
         graph.replay()
-    names = list(graphs)
-    spans: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in names}
-    for repeat in range(repeats):
-        # Another neighbour each time: what ran before leaves its mark on the L2 and the clock.
-        shift = repeat % max(1, len(names))
-        for name in names[shift:] + names[:shift]:
-            spans[name].append(_timed_replay(graphs[name]))
+    spans: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in graphs}
+    for name in take_turns(list(graphs), repeats):
+        spans[name].append(_timed_replay(graphs[name]))
     torch.cuda.synchronize()
     microseconds = {
-        name: median(start.elapsed_time(end) for start, end in spans[name]) * 1e3 / num_calls for name in names
+        name: median(start.elapsed_time(end) for start, end in pairs) * 1e3 / num_calls for name, pairs in spans.items()
     }
     return Timing(microseconds=microseconds, failures=failures)
+
+
+def take_turns(names: Sequence[str], repeats: int) -> Iterator[str]:
+    """Every name once a round, each round beginning one further on: what ran before leaves its mark on the next.
+
+    Example:
+        >>> list(take_turns(["a", "b", "c"], repeats=2))
+        ['a', 'b', 'c', 'b', 'c', 'a']
+    """
+    for repeat in range(repeats):
+        shift = repeat % max(1, len(names))
+        yield from (*names[shift:], *names[:shift])
 
 
 def measure_ceilings(repeats: int) -> Ceilings:

@@ -1,7 +1,9 @@
 """Programmatic dependent launch: a kernel starts while the one before it ends (Hopper and later).
 
-A kernel launched so runs up to `wait` beside its predecessor, and must until then neither write, nor read what an
-earlier kernel may write. Prefetching into L2 is always safe: it fetches no value.
+A kernel launched so runs up to `wait` beside others that were launched so before it, and must until then neither write
+nor read what one of these writes. Ordinary kernels have all ended by then: they let nothing start early, and so the
+first dependent kernel behind them waits for them. Weights may thus be read ahead; activations and caches may not.
+Prefetching into L2 is always safe: it fetches no value.
 """
 
 from __future__ import annotations

@@ -25,7 +25,8 @@ def _weight_rows(
 ):  # fmt: skip
     """The tile's weight rows [BLOCK_N] as pointers, its output columns, and which of these exist.
 
-    A gated tile alternates rows of the first weight and the second, so that a column's two products are neighbours.
+    A gated tile alternates rows of the first weight and of the second, which p_second then is the distance to, so that
+    a column's two products are neighbours.
     """
     WIDTH: tl.constexpr = BLOCK_N // 2 if IS_GATED else BLOCK_N
     o_row = tl.arange(0, BLOCK_N)
@@ -33,7 +34,8 @@ def _weight_rows(
     num_rows = N1
     first_column = 0
     if IS_GATED:
-        p_weight = tl.where(o_row % 2 == 0, p_first, p_second)
+        # One base for both, since the AMD compiler knows no tile of pointers with two.
+        p_weight = p_first + (o_row % 2).to(tl.int64) * p_second
         o_row = o_row // 2
     elif N2 is not None:
         tiles_first = tl.cdiv(N1, WIDTH)
@@ -53,7 +55,7 @@ def _weight_rows(
 
 @triton.jit
 def _prefetch_rows(p_rows, NUM_LINES: tl.constexpr):
-    """Asks for the first lines of each weight row."""
+    """Asks for the lines at the given places of each weight row and behind them."""
     ELEMENTS: tl.constexpr = _LINE_BYTES // (p_rows.dtype.element_ty.primitive_bitwidth // 8)
     dependent_launch.prefetch_l2(p_rows[:, None] + tl.arange(0, NUM_LINES)[None, :] * ELEMENTS)
 
@@ -65,6 +67,22 @@ def _load(p, m, IS_MASKED: tl.constexpr):
         return tl.load(p, mask=m, other=0.0, eviction_policy="evict_first")
     else:
         return tl.load(p, eviction_policy="evict_first")
+
+
+@triton.jit
+def _load_input(p_x, p_norm, o_k, K: tl.constexpr, IS_MASKED: tl.constexpr):
+    """A piece of the input row in float32, times the norm's weight if there is a norm, and its squares before that."""
+    if IS_MASKED:
+        b_x = tl.load(p_x, mask=o_k < K, other=0.0).to(tl.float32)
+    else:
+        b_x = tl.load(p_x).to(tl.float32)
+    b_square = b_x * b_x
+    if p_norm is not None:
+        if IS_MASKED:
+            b_x *= tl.load(p_norm + o_k, mask=o_k < K, other=0.0).to(tl.float32)
+        else:
+            b_x *= tl.load(p_norm + o_k).to(tl.float32)
+    return b_x, b_square
 
 
 @triton.jit
@@ -105,26 +123,25 @@ def _row_kernel(
     p_rows, o_column, m_column = _weight_rows(
         i_tile, p_first, p_second, p_third, N1, N2, N3, K, BLOCK_N, IS_GATED
     )  # fmt: skip
-    if IS_DEPENDENT:
-        _prefetch_rows(p_rows, NUM_LINES)
+    o_k = tl.arange(0, BLOCK_K)
+    p_x = p_input + i_m * stride_input + o_k
+    p_w = p_rows[:, None] + o_k[None, :]
+    # The first weights are on their way to the registers, the next to the L2, while the kernel ahead still runs.
+    b_w = _load(p_w, (o_k < K)[None, :], K < BLOCK_K)
+    if IS_DEPENDENT and K > BLOCK_K:
+        _prefetch_rows(p_rows + BLOCK_K, NUM_LINES)
     dependent_launch.wait(IS_DEPENDENT)
 
     b_residual = 0.0
     if p_residual is not None:
         p_r = p_residual + i_m * stride_residual + o_column
         b_residual = tl.load(p_r, mask=m_column, other=0.0).to(tl.float32)
-    o_k = tl.arange(0, BLOCK_K)
-    p_x = p_input + i_m * stride_input + o_k
-    p_w = p_rows[:, None] + o_k[None, :]
-    b_sum = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
-    b_square = tl.zeros([BLOCK_K], dtype=tl.float32)
-    for i_k in tl.range(0, K, BLOCK_K):
-        m_k = i_k + o_k < K
-        b_w = _load(p_w + i_k, m_k[None, :], K % BLOCK_K != 0)
-        b_x = tl.load(p_x + i_k, mask=m_k, other=0.0).to(tl.float32)
-        if p_norm is not None:
-            b_square += b_x * b_x
-            b_x *= tl.load(p_norm + i_k + o_k, mask=m_k, other=0.0).to(tl.float32)
+    b_x, b_square = _load_input(p_x, p_norm, o_k, K, K < BLOCK_K)
+    b_sum = b_w.to(tl.float32) * b_x[None, :]
+    for i_k in tl.range(BLOCK_K, K, BLOCK_K):
+        b_w = _load(p_w + i_k, (i_k + o_k < K)[None, :], K % BLOCK_K != 0)
+        b_x, b_more = _load_input(p_x + i_k, p_norm, i_k + o_k, K, K % BLOCK_K != 0)
+        b_square += b_more
         b_sum += b_w.to(tl.float32) * b_x[None, :]
 
     b_y = tl.sum(b_sum, 1)
@@ -209,12 +226,12 @@ def _norm_kernel(p_input, p_norm, p_output, stride_input, eps, K: tl.constexpr, 
     tl.store(p_output + i_m * K + o_k, b_x.to(p_output.dtype.element_ty), mask=m_k)
 
 
-def _num_prefetched_lines(num_weight_rows: int, row_bytes: int) -> int:
+def _num_prefetched_lines(num_weight_rows: int, num_bytes: int) -> int:
     """Lines of each weight row that a program asks for ahead: a power of two, inside the row and the budget.
 
     Past the last row there may be no memory.
     """
-    num_bytes = min(row_bytes, _PREFETCHED_BYTES // num_weight_rows)
+    num_bytes = min(num_bytes, _PREFETCHED_BYTES // num_weight_rows)
     return 1 << max(0, (num_bytes // _LINE_BYTES.value).bit_length() - 1)
 
 
@@ -241,13 +258,15 @@ def linear(
     first, second, third = (*weights, weights[0], weights[0])[:3]
     sizes = [weight.shape[0] for weight in (weights[:1] if is_gated else weights)]
     width = tiles.block_n // 2 if is_gated else tiles.block_n
+    # A row kernel holds the first block of each weight row in registers by then.
+    num_ahead = depth - tiles.block_k if is_one_at_a_time else depth
     num_tiles = sum(triton.cdiv(size, width) for size in sizes)
     arguments = {
         "p_input": rows,
         "p_residual": residual,
         "p_output": output,
         "p_first": first,
-        "p_second": second,
+        "p_second": (second.data_ptr() - first.data_ptr()) // second.element_size() if is_gated else second,
         "p_third": third,
         "M": num_rows,
         "N1": sizes[0],
@@ -260,7 +279,7 @@ def linear(
         "BLOCK_N": tiles.block_n,
         "BLOCK_K": tiles.block_k,
         "IS_GATED": is_gated,
-        "NUM_LINES": _num_prefetched_lines(sum(weight.shape[0] for weight in weights), depth * rows.element_size()),
+        "NUM_LINES": _num_prefetched_lines(sum(weight.shape[0] for weight in weights), num_ahead * rows.element_size()),
         "IS_DEPENDENT": is_dependent,
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,

@@ -53,12 +53,17 @@ _DECODE: dict[str, Table] = {
     "ampere": {(64, 2): Tiles(64, 32, 4, 4), (128, 2): Tiles(64, 32, 4, 4), (256, 2): Tiles(32, 32, 4, 3)},
     "small": {(64, 2): Tiles(64, 64, 4, 2), (128, 2): Tiles(32, 64, 4, 2), (256, 2): Tiles(32, 32, 4, 2)},
 }
-# Tiles of linear layers on tensor cores, by generation. A gated tile shares its rows between two weights.
+# Few rows leave registers for more slots at a time.
+_HOPPER_FEW_ROWS: Table = {(64, 2): Tiles(16, 64, 4, 2), (128, 2): Tiles(16, 64, 4, 2)}
+# Linear layers of several rows, by the largest number of them: for outputs that one wave of programs covers, and wider.
 _LINEAR = {
-    "hopper": LinearTiles(32, 32, 256, 4, 6),
-    "ampere": LinearTiles(32, 32, 256, 4, 6),
-    "small": LinearTiles(32, 32, 128, 4, 4),
-}
+    "hopper": {16: (LinearTiles(16, 32, 256, 4, 6), LinearTiles(16, 32, 512, 4, 3)),
+               32: (LinearTiles(32, 32, 256, 4, 6), LinearTiles(32, 32, 256, 4, 4))},
+    "ampere": {16: (LinearTiles(16, 32, 256, 4, 6), LinearTiles(16, 32, 256, 4, 3)),
+               32: (LinearTiles(32, 32, 256, 4, 4), LinearTiles(32, 32, 256, 4, 2))},
+    "small": {16: (LinearTiles(16, 32, 128, 4, 4), LinearTiles(16, 32, 128, 4, 3)),
+              32: (LinearTiles(32, 32, 128, 4, 3), LinearTiles(32, 32, 128, 4, 2))},
+}  # fmt: skip
 # Every other GPU gets the tables that fit 64 KB of shared memory.
 _GENERATION = {"sm_90": "hopper", "sm_80": "ampere", "sm_100": "ampere", "sm_103": "ampere"}
 # Tensor cores multiply no fewer rows, and no shorter ones.
@@ -110,10 +115,13 @@ def decode_tiles(arch: str, dtype: torch.dtype, head_dim: int, num_rows: int) ->
 
     Example:
         >>> decode_tiles("sm_90", torch.bfloat16, 128, num_rows=4)
-        Tiles(block_m=16, block_n=32, num_warps=4, num_stages=4)
+        Tiles(block_m=16, block_n=64, num_warps=4, num_stages=2)
     """
-    table = _DECODE[_GENERATION.get(arch, "small")] | _FLOAT32_DECODE
-    largest = table[_table_key(dtype, head_dim)]
+    generation = _GENERATION.get(arch, "small")
+    key = _table_key(dtype, head_dim)
+    if generation == "hopper" and num_rows <= _MIN_DOT_SIZE and key in _HOPPER_FEW_ROWS:
+        return _HOPPER_FEW_ROWS[key]
+    largest = (_DECODE[generation] | _FLOAT32_DECODE)[key]
     rows = min(largest.block_m, max(_MIN_DOT_SIZE, _next_power_of_2(num_rows)))
     return replace(largest, block_m=rows)
 
@@ -123,11 +131,13 @@ def is_one_row_at_a_time(num_rows: int, dtype: torch.dtype) -> bool:
     return num_rows == 1 or dtype == torch.float32
 
 
-def linear_tiles(arch: str, dtype: torch.dtype, num_rows: int, depth: int) -> LinearTiles:
-    """Tiles of the linear kernels for num_rows rows of depth elements.
+def linear_tiles(
+    arch: str, dtype: torch.dtype, num_rows: int, num_columns: int, depth: int, num_multiprocessors: int
+) -> LinearTiles:
+    """Tiles of the linear kernels for num_rows rows of depth elements and num_columns rows of weights.
 
     Example:
-        >>> linear_tiles("sm_90", torch.bfloat16, num_rows=1, depth=4096)
+        >>> linear_tiles("sm_90", torch.bfloat16, num_rows=1, num_columns=6144, depth=4096, num_multiprocessors=132)
         LinearTiles(block_m=1, block_n=4, block_k=2048, num_warps=4, num_stages=1)
     """
     if is_one_row_at_a_time(num_rows, dtype):
@@ -136,12 +146,9 @@ def linear_tiles(arch: str, dtype: torch.dtype, num_rows: int, depth: int) -> Li
         # Eight loads of 16 bytes in flight a thread.
         block_n = num_warps * 32 * (128 // dtype.itemsize) // block_k
         return LinearTiles(1, block_n, block_k, num_warps, num_stages=1)
-    largest = _LINEAR[_GENERATION.get(arch, "small")]
-    return replace(
-        largest,
-        block_m=min(largest.block_m, max(_MIN_DOT_SIZE, _next_power_of_2(num_rows))),
-        block_k=min(largest.block_k, max(_MIN_DOT_SIZE, _next_power_of_2(depth))),
-    )
+    one_wave, wider = _LINEAR[_GENERATION.get(arch, "small")][16 if num_rows <= 16 else 32]
+    tiles = one_wave if num_columns <= num_multiprocessors * one_wave.block_n else wider
+    return replace(tiles, block_k=min(tiles.block_k, max(_MIN_DOT_SIZE, _next_power_of_2(depth))))
 
 
 def choose_num_splits(num_programs: int, kv_len: int, num_multiprocessors: int) -> int:

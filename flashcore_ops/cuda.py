@@ -164,6 +164,13 @@ def linear(
             eps=eps,
             residual=None if residual is None else residual.view(-1, output.shape[-1]),
             is_gated=is_gated,
-            tiles=tuning.linear_tiles(arch, rows.dtype, num_rows=rows.shape[0], depth=rows.shape[1]),
+            tiles=tuning.linear_tiles(
+                arch,
+                rows.dtype,
+                num_rows=rows.shape[0],
+                num_columns=sum(weight.shape[0] for weight in weights),
+                depth=rows.shape[1],
+                num_multiprocessors=tuning.num_multiprocessors(input.device),
+            ),
             is_dependent=tuning.supports_dependent_launch(arch),
         )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashcore_ops.decode_step import DecodeStep
+from flashcore_ops.decode_step import DecodeStep, greedy
 from flashcore_ops.errors import MaskError, OptionError, ShapeError
 from flashcore_ops.kept_steps import capacity_for, kept_steps
 
@@ -55,7 +55,7 @@ class Sampling:
     def choose(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Tokens `[B]` for logits `[B, V]`, on their device and without waiting for it."""
         if self.temperature == 0:
-            return logits.argmax(dim=-1)
+            return greedy(logits)[:, 0]
         logits = logits.float() / self.temperature
         if 0 < self.top_k < logits.shape[-1]:
             least = logits.topk(self.top_k).values[:, -1:]

@@ -43,7 +43,10 @@ def launch_linear(problem: LinearProblem, tiles: LinearTiles | None = None) -> T
     num_rows, depth = problem.input.shape
     dtype, is_gated = problem.input.dtype, problem.is_gated
     if tiles is None:
-        tiles = linear_tiles("sm_90", dtype, num_rows=num_rows, depth=depth)
+        num_columns = sum(weight.shape[0] for weight in problem.weights)
+        tiles = linear_tiles(
+            "sm_90", dtype, num_rows=num_rows, num_columns=num_columns, depth=depth, num_multiprocessors=132
+        )
     width = sum(weight.shape[0] for weight in problem.weights) // (2 if is_gated else 1)
     output = torch.full((num_rows, width), torch.nan, dtype=_output_dtype(dtype), device=problem.input.device)
     linear.linear(

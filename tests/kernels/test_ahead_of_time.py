@@ -146,8 +146,8 @@ def test_dependent_kernels_wait_before_they_touch_memory(arch):
         before, waits, after = kernel.assembly.partition("griddepcontrol.wait")
         assert waits, kernel.name
         assert "griddepcontrol.launch_dependents" in kernel.assembly, kernel.name
-        # A volatile load may come earlier: it only says what to prefetch.
-        accesses = re.compile(r"^.*\b(ld\.global|st\.(volatile\.)?global|cp\.async|atom|red)\b.*$", re.MULTILINE)
+        # Prefetches, and the volatile loads that their addresses come from, fetch nothing that is used.
+        accesses = re.compile(r"^.*\b(ld\.global|st\.global|cp\.async|atom|red)\b.*$", re.MULTILINE)
         assert not accesses.findall(before), kernel.name
         assert accesses.search(after), kernel.name
 
@@ -191,7 +191,9 @@ def compile_linear(arch: str, dtype: torch.dtype, num_rows: int, layer: str) -> 
             eps=1e-5,
             residual=torch.empty_like(output) if options.get("has_residual") else None,
             is_gated=is_gated,
-            tiles=tuning.linear_tiles(arch, dtype, num_rows=num_rows, depth=depth),
+            tiles=tuning.linear_tiles(
+                arch, dtype, num_rows=num_rows, num_columns=sum(sizes), depth=depth, num_multiprocessors=132
+            ),
             is_dependent=tuning.supports_dependent_launch(arch),
         )
     return compiled
@@ -205,8 +207,9 @@ def check_linear(arch: str, dtype: torch.dtype, num_rows: int, layer: str) -> No
         assert bool(wait) == (arch in ("sm_90", "sm_100")), f"{arch} {kernel.name}: dependent launch"
         if wait:
             assert "griddepcontrol.launch_dependents" in before
-            # The kernel ahead may still be writing what these would read.
-            assert not re.search(r"\bld\.global|cp\.async\.c|\bst\.global", before), kernel.name
+            # Only weights, marked as read once: what else there is the kernel ahead may still be writing.
+            accesses = re.findall(r"\b(?:ld\.global\S*|cp\.async\.c\S*|st\.global\S*)", before)
+            assert all("evict_first" in access for access in accesses), kernel.name
             assert re.search(r"\bst\.global", after)
 
 
@@ -239,9 +242,10 @@ def test_linear_full_product(arch, layer, dtype, num_rows):
 
 @pytest.mark.parametrize("layer", ["qkv", "gate_up", "down"])
 def test_hopper_reads_weights_by_16_bytes(layer):
-    """Eight 16-byte loads a thread in flight for one row, 16-byte copies to shared memory for more."""
+    """Eight 16-byte loads a thread before the wait for one row, 16-byte copies to shared memory for more."""
     (row_kernel,) = compile_linear("sm_90", torch.bfloat16, 1, layer)
-    weight_loads = re.findall(r"ld\.global\.L1::evict_first\S*", row_kernel.assembly)
+    before, _, _ = row_kernel.assembly.partition("griddepcontrol.wait")
+    weight_loads = re.findall(r"ld\.global\.L1::evict_first\S*", before)
     assert len(weight_loads) == 8
     assert all(load.endswith(".v4.b32") for load in weight_loads)
     tile_kernel = compile_linear("sm_90", torch.bfloat16, 8, layer)[-1]
