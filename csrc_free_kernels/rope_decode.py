@@ -120,13 +120,13 @@ def _rope_decode_kernel(
     i_tile = tl.program_id(0) // num_splits % num_row_tiles
     i_bh = tl.program_id(0) // (num_splits * num_row_tiles)
     i_b = (i_bh // Hkv).to(tl.int64)
-    i_kv_head = (i_bh % Hkv).to(tl.int64)
+    i_kv_head = i_bh % Hkv
+    p_k = p_key_cache + i_b * stride_key_cache[0] + i_kv_head.to(tl.int64) * stride_key_cache[1]
+    p_v = p_value_cache + i_b * stride_value_cache[0] + i_kv_head.to(tl.int64) * stride_value_cache[1]
     if IS_DEPENDENT:
         _prefetch_share(
-            p_key_cache + i_b * stride_key_cache[0] + i_kv_head * stride_key_cache[1], stride_key_cache[2],
-            p_value_cache + i_b * stride_value_cache[0] + i_kv_head * stride_value_cache[1], stride_value_cache[2],
-            p_range + i_b * stride_range[0], stride_range[1], i_split, num_splits, S, window,
-            D, Dv, HAS_WINDOW,
+            p_k, stride_key_cache[2], p_v, stride_value_cache[2], p_range + i_b * stride_range[0], stride_range[1],
+            i_split, num_splits, S, window, D, Dv, HAS_WINDOW,
         )  # fmt: skip
     dependent_launch.wait(IS_DEPENDENT)
     start, end, has_slot = _load_slot_range(p_range, stride_range, i_b, S)
@@ -146,13 +146,13 @@ def _rope_decode_kernel(
     o_dv = tl.arange(0, BLOCK_DV)
     m_d = o_d < D
     m_dv = o_dv < Dv
-    p_q = p_query + i_b * stride_query[0] + o_head[:, None] * stride_query[1]
-    p_new_k = p_key + i_b * stride_key[0] + i_kv_head * stride_key[1] + tl.zeros([1, 1], dtype=tl.int64)
-    p_new_v = p_value + i_b * stride_value[0] + i_kv_head * stride_value[1]
+    p_q = p_query + i_b * stride_query[0] + o_head.to(tl.int64)[:, None] * stride_query[1]
+    p_new_k = p_key + i_b * stride_key[0] + i_kv_head.to(tl.int64) * stride_key[1] + tl.zeros([1, 1], dtype=tl.int64)
+    p_new_v = p_value + i_b * stride_value[0] + i_kv_head.to(tl.int64) * stride_value[1]
     p_c = p_cos + i_b * stride_cos
     p_s = p_sin + i_b * stride_sin
-    p_k = p_key_cache + i_b * stride_key_cache[0] + i_kv_head * stride_key_cache[1] + o_d[None, :]
-    p_v = p_value_cache + i_b * stride_value_cache[0] + i_kv_head * stride_value_cache[1] + o_dv[None, :]
+    p_k = p_k + o_d[None, :]
+    p_v = p_v + o_dv[None, :]
 
     is_first = i_split == 0
     # [BLOCK_M, BLOCK_D], [1, BLOCK_D] and [1, BLOCK_DV]
@@ -172,7 +172,8 @@ def _rope_decode_kernel(
     b_new_s = tl.max(softmax.scores(b_q, b_copies, before_cap, softcap, HAS_SOFTCAP), 1)
     sees_new = is_first & (start < end)
     b_max = tl.where(sees_new, b_new_s, float("-inf"))
-    b_sum = tl.zeros([BLOCK_M], dtype=tl.float32) + tl.where(sees_new, 1.0, 0.0)
+    # Without a slot no tile follows: a NaN denominator stays, and makes NaN of the output, through the combination too.
+    b_sum = tl.zeros([BLOCK_M], dtype=tl.float32) + tl.where(has_slot, tl.where(sees_new, 1.0, 0.0), float("nan"))
     b_o = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32) + tl.where(sees_new, b_new_v.to(tl.float32), 0.0)
 
     o_first = tl.arange(0, BLOCK_N).to(tl.int64)
@@ -191,8 +192,6 @@ def _rope_decode_kernel(
 
     # Only now: what comes next prefetches weights, which must not stand in the way of the cache's slots.
     dependent_launch.launch_dependents(IS_DEPENDENT)
-    # Without a slot nothing was seen, and a NaN denominator makes NaN of every output, through the combination too.
-    b_sum = tl.where(has_slot, b_sum, float("nan"))
     i_row = i_b * Hkv * G + o_head
     if IS_SPLIT:
         i_part = i_split.to(tl.int64) * num_rows + i_row
@@ -200,7 +199,7 @@ def _rope_decode_kernel(
     else:
         b_sink = softmax.load_sinks(p_sinks, o_head, m_row)
         b_o, _ = softmax.finish(b_o, b_max, b_sum, b_sink, to_natural)
-        p_o = p_output + i_b * stride_output[0] + o_head[:, None] * stride_output[1] + o_dv[None, :]
+        p_o = p_output + i_b * stride_output[0] + o_head.to(tl.int64)[:, None] * stride_output[1] + o_dv[None, :]
         tl.store(p_o, b_o.to(p_output.dtype.element_ty), mask=m_row[:, None] & m_dv[None, :])
 
 
