@@ -58,8 +58,8 @@ _DECODE: dict[str, Table] = {
     "ampere": {(64, 2): Tiles(64, 32, 4, 4), (128, 2): Tiles(64, 32, 4, 4), (256, 2): Tiles(32, 32, 4, 3)},
     "small": {(64, 2): Tiles(64, 64, 4, 2), (128, 2): Tiles(32, 64, 4, 2), (256, 2): Tiles(32, 32, 4, 2)},
 }
-# Few rows leave registers for more slots at a time.
-_HOPPER_FEW_ROWS: Table = {(64, 2): Tiles(16, 64, 4, 2), (128, 2): Tiles(16, 64, 4, 2)}
+# A single token's mask is its bounds, which leaves registers for more slots at a time.
+_HOPPER_ROPE: Table = {(64, 2): Tiles(16, 64, 4, 2), (128, 2): Tiles(16, 64, 4, 2)}
 # Linear layers of several rows, by the largest number of them: for outputs that one wave of programs covers, and wider.
 _LINEAR = {
     "hopper": {16: (LinearTiles(16, 32, 256, 4, 6), LinearTiles(16, 32, 512, 4, 3)),
@@ -120,15 +120,25 @@ def decode_tiles(arch: str, dtype: torch.dtype, head_dim: int, num_rows: int) ->
 
     Example:
         >>> decode_tiles("sm_90", torch.bfloat16, 128, num_rows=4)
-        Tiles(block_m=16, block_n=64, num_warps=4, num_stages=2)
+        Tiles(block_m=16, block_n=32, num_warps=4, num_stages=4)
     """
-    generation = _GENERATION.get(arch, "small")
-    key = _table_key(dtype, head_dim)
-    if generation == "hopper" and num_rows <= _MIN_DOT_SIZE and key in _HOPPER_FEW_ROWS:
-        return _HOPPER_FEW_ROWS[key]
-    largest = (_DECODE[generation] | _FLOAT32_DECODE)[key]
+    table = _DECODE[_GENERATION.get(arch, "small")] | _FLOAT32_DECODE
+    largest = table[_table_key(dtype, head_dim)]
     rows = min(largest.block_m, max(_MIN_DOT_SIZE, _next_power_of_2(num_rows)))
     return replace(largest, block_m=rows)
+
+
+def rope_decode_tiles(arch: str, dtype: torch.dtype, head_dim: int, group: int) -> Tiles:
+    """Tiles of the rotating decode kernel, for one token of `group` heads a KV head.
+
+    Example:
+        >>> rope_decode_tiles("sm_90", torch.bfloat16, 128, group=4)
+        Tiles(block_m=16, block_n=64, num_warps=4, num_stages=2)
+    """
+    key = _table_key(dtype, head_dim)
+    if _GENERATION.get(arch) == "hopper" and group <= _MIN_DOT_SIZE and key in _HOPPER_ROPE:
+        return _HOPPER_ROPE[key]
+    return decode_tiles(arch, dtype, head_dim, num_rows=group)
 
 
 def is_one_row_at_a_time(num_rows: int, dtype: torch.dtype) -> bool:

@@ -104,7 +104,7 @@ def rope_append_attention(
     num_kv_heads, kv_len = key_cache.shape[1], key_cache.shape[2]
     arch = tuning.architecture(query.device)
     group = num_query_heads // num_kv_heads
-    tiles = tuning.decode_tiles(arch, query.dtype, max(head_dim, value_cache.shape[3]), num_rows=group)
+    tiles = tuning.rope_decode_tiles(arch, query.dtype, max(head_dim, value_cache.shape[3]), group=group)
     num_programs = batch * num_kv_heads * -(-group // tiles.block_m)
     with torch.cuda.device(query.device):
         rope_decode.rope_append_attention(

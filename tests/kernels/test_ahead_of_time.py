@@ -67,7 +67,7 @@ def compile_rope(
                 window=window,
                 softcap=softcap,
                 num_splits=num_splits,
-                tiles=tuning.decode_tiles(arch, dtype, head_dim, num_rows=group),
+                tiles=tuning.rope_decode_tiles(arch, dtype, head_dim, group=group),
                 is_dependent=tuning.supports_dependent_launch(arch),
             )
     return compiled
