@@ -40,7 +40,9 @@ def generate(
     prompt: Annotated[
         str, typer.Option("--prompt", "-p", help="Text to continue, as it is (no chat template).")
     ] = "Once upon a time",
-    max_new_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 64,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Stop after this many tokens; memory for them is taken at the start.")
+    ] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy; above 0 samples.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     dtype: Annotated[
@@ -55,7 +57,8 @@ def generate(
 ) -> None:
     """Continue a prompt with a patched Hugging Face model, streaming the text."""
     with plain_errors():
-        from flashcore_ops.commands.generate import GenerateRequest, run_generate
+        from flashcore_ops.commands.generate import run_generate
+        from flashcore_ops.commands.request import GenerateRequest
 
         request = GenerateRequest(
             model=model,

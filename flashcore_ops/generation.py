@@ -189,9 +189,9 @@ def _read_ahead(
     sampling: Sampling,
     generator: torch.Generator | None,
 ) -> Iterator[Tensor]:
-    """Yields num_tokens tokens `[B]`, from the one that is in the step; the device stays one read ahead."""
+    """Yields num_tokens tokens `[B]`, from the one that is in the step; a GPU stays one read ahead."""
     is_cuda = step.tokens.is_cuda
-    pending: tuple[list[Tensor], torch.cuda.Event | None] | None = None
+    pending: tuple[list[Tensor], torch.cuda.Event] | None = None
     for first in range(0, num_tokens, steps_per_read):
         texts = []
         for index in range(first, min(first + steps_per_read, num_tokens)):
@@ -201,9 +201,12 @@ def _read_ahead(
                     step.tokens.copy_(sampling.choose(step.logits, generator)[:, None])
             texts.append(torch.empty(step.tokens.shape[0], dtype=torch.int64, pin_memory=is_cuda))
             texts[-1].copy_(step.tokens[:, 0], non_blocking=True)
-        event = torch.cuda.Event() if is_cuda else None
-        if event is not None:
-            event.record(torch.cuda.current_stream(step.tokens.device))
+        if not is_cuda:
+            # Nothing would run while the host reads.
+            yield from texts
+            continue
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(step.tokens.device))
         if pending is not None:
             yield from _read(*pending)
         pending = texts, event
@@ -211,9 +214,8 @@ def _read_ahead(
         yield from _read(*pending)
 
 
-def _read(tokens: list[Tensor], event: torch.cuda.Event | None) -> list[Tensor]:
-    if event is not None:
-        event.synchronize()
+def _read(tokens: list[Tensor], event: torch.cuda.Event) -> list[Tensor]:
+    event.synchronize()
     return tokens
 
 

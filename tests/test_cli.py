@@ -7,12 +7,16 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
+from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from click.testing import Result
+from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
@@ -24,9 +28,14 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
+from flashcore_ops import free_kept_caches, replace_llama_attention_with_flashcore
 from flashcore_ops.cli import app
-from flashcore_ops.commands import generate
-from flashcore_ops.commands.streaming import TimedTextStreamer
+from flashcore_ops.commands import comparison, generate
+from flashcore_ops.commands.console import stage
+from flashcore_ops.commands.request import Decoding
+from flashcore_ops.commands.streaming import TextWriter, TimedTokens
+from flashcore_ops.generation import Sampling
+from flashcore_ops.kept_steps import kept_steps
 from tests.snapshots import assert_expected_inline
 
 PROMPT = "Once upon"
@@ -87,20 +96,38 @@ def test_stdout_is_the_prompt_and_the_greedy_text_of_hugging_face(model_path: Pa
 
 
 class CallCounter(TorchDispatchMode):
-    """Counts calls of flashcore.attention."""
+    """Counts calls of ops by name."""
 
-    calls = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls += func is torch.ops.flashcore.attention.default
+        self.calls[func.name()] += 1
         return func(*args, **(kwargs or {}))
 
 
 def test_the_text_comes_through_flashcore_and_the_comparison_does_not(model_path: Path) -> None:
     with CallCounter() as counter:
         run_tiny(model_path, "--compare", tokens=5)
-    layers, steps = 2, 5
-    assert counter.calls == layers * steps
+    layers, decode_steps = 2, 4
+    assert counter.calls["flashcore::attention"] == layers
+    assert counter.calls["flashcore::rope_append_attention"] == layers * decode_steps
+
+
+def test_each_token_is_read_before_the_next_is_made(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the time to the first token holds no decode step on the CPU."""
+    steps: list[int] = []
+
+    class Output(io.StringIO):
+        def flush(self) -> None:
+            steps.append(counter.calls["flashcore::rope_append_attention"] // 2)
+
+    monkeypatch.setattr(generate, "sys", SimpleNamespace(stdout=Output()))
+    monkeypatch.setattr(TextWriter, "_decode", lambda self, tokens: "." * len(tokens))
+    with CallCounter() as counter:
+        run_tiny(model_path, tokens=4)
+    assert steps == [0, 1, 2, 3, 3]
 
 
 def test_figures_go_to_stderr(model_path: Path) -> None:
@@ -125,6 +152,50 @@ def test_one_token_has_no_decode_rate(model_path: Path) -> None:
 
 def test_greedy_repeats_itself(model_path: Path) -> None:
     assert run_tiny(model_path).stdout == run_tiny(model_path, "--seed", "7").stdout
+
+
+def settings_path(model_path: Path, to: Path, **settings: Any) -> Path:
+    """A copy of the model with these generation settings."""
+    for file in model_path.iterdir():
+        (to / file.name).write_bytes(file.read_bytes())
+    (to / "generation_config.json").write_text(json.dumps(settings))
+    return to
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_the_models_stop_tokens_end_the_text(model_path: Path, tmp_path: Path, as_list: bool) -> None:
+    _, tokens = hugging_face_tokens(model_path, 12)
+    new_tokens = tokens[len(PROMPT) :].tolist()
+    stop = new_tokens[5]
+    num_tokens = new_tokens.index(stop) + 1
+    path = settings_path(model_path, tmp_path, eos_token_id=[0, stop] if as_list else stop)
+    result = run_tiny(path, "--compare")
+    assert result.exit_code == 0, result.output
+    assert result.stderr.startswith(f"{num_tokens} new token")
+    assert result.stderr.endswith(f"none: {num_tokens} tokens equal\n")
+
+
+def test_settings_that_are_not_followed_are_named_and_left_out_of_the_comparison(
+    model_path: Path, tmp_path: Path
+) -> None:
+    settings = {"eos_token_id": 0, "repetition_penalty": 5.0, "min_new_tokens": 3}
+    result = run_tiny(settings_path(model_path, tmp_path, **settings), "--compare")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == run_tiny(model_path).stdout
+    assert_expected_inline(
+        result.stderr.splitlines()[0],
+        """Not used of the model's generation settings: repetition_penalty, min_new_tokens.""",
+    )
+
+
+def test_the_models_top_k_counts_in_sampling(model_path: Path, tmp_path: Path) -> None:
+    path = settings_path(model_path, tmp_path, eos_token_id=0, top_k=1)
+    greedy, sampled = run_tiny(path), run_tiny(path, "--temperature", "9", "--seed", "5", "--compare")
+    assert sampled.stdout == greedy.stdout
+    assert_expected_inline(
+        sampled.stderr.splitlines()[-1],
+        """first token that differs from Hugging Face sdpa (temperature 9, top_k 1, seed 5): none: 12 tokens equal""",
+    )
 
 
 def test_seed_decides_the_sample(model_path: Path) -> None:
@@ -156,7 +227,7 @@ def test_compare_equal_sampling(model_path: Path) -> None:
 @pytest.fixture
 def wrong_token_at_3(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the patched model, and not the restored one, choose the token of "Z" at index 3."""
-    patch, restore = generate.replace_llama_attention_with_flashcore, generate.restore_attention
+    patch, restore = generate.replace_llama_attention_with_flashcore, comparison.restore_attention
     handles: list[Any] = []
 
     def patch_wrongly(model: Any) -> Any:
@@ -174,7 +245,7 @@ def wrong_token_at_3(monkeypatch: pytest.MonkeyPatch) -> None:
         return restore(model)
 
     monkeypatch.setattr(generate, "replace_llama_attention_with_flashcore", patch_wrongly)
-    monkeypatch.setattr(generate, "restore_attention", restore_rightly)
+    monkeypatch.setattr(comparison, "restore_attention", restore_rightly)
 
 
 @pytest.mark.usefixtures("wrong_token_at_3")
@@ -214,11 +285,8 @@ def test_the_default_model_is_used_when_none_is_named(model_path: Path, monkeypa
 def test_a_models_sampling_settings_neither_warn_nor_count_in_greedy(
     model_path: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    for file in model_path.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
     settings = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 40, "eos_token_id": [0]}
-    (tmp_path / "generation_config.json").write_text(json.dumps(settings))
-    result = run_tiny(tmp_path)
+    result = run_tiny(settings_path(model_path, tmp_path, **settings))
     assert result.stdout == run_tiny(model_path).stdout
     assert result.stderr.count("\n") == 1
     assert capfd.readouterr().err == ""
@@ -257,24 +325,21 @@ class FakeClock:
         return next(self._times)
 
 
-def stream(
-    tokenizer: Any, prompt: list[int], tokens: list[int], clock: FakeClock | None = None
-) -> tuple[list[str], Any]:
-    """The text on the output after the prompt and after each token, and the streamer."""
+def written(tokenizer: Any, prompt: list[int], tokens: list[int]) -> list[str]:
+    """The text on the output after the prompt, after each token, and at the end."""
     output = io.StringIO()
-    streamer = TimedTextStreamer(tokenizer, output, clock or FakeClock(*range(100)))
-    streamer.put(torch.tensor([prompt]))
-    states = [output.getvalue()]
-    for token in tokens:
-        streamer.put(torch.tensor([token]))
+    writer = TextWriter(tokenizer, output)
+    states = []
+    for piece in (prompt, *([token] for token in tokens)):
+        writer.write(piece)
         states.append(output.getvalue())
-    streamer.end()
-    return [*states, output.getvalue()], streamer
+    writer.end()
+    return [*states, output.getvalue()]
 
 
 def test_a_character_of_several_tokens_is_written_when_it_is_whole() -> None:
     tokenizer = byte_tokenizer()
-    states, _ = stream(tokenizer, tokenizer.encode("a"), tokenizer.encode("né!"))
+    states = written(tokenizer, tokenizer.encode("a"), tokenizer.encode("né!"))
     assert states == ["a", "an", "an", "ané", "ané!", "ané!\n"]
 
 
@@ -284,16 +349,44 @@ def test_streamed_pieces_keep_the_spaces_that_a_tokenizer_strips() -> None:
     # As in LLaMA 2: the first space of whatever is decoded goes.
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
-    states, _ = stream(tokenizer, [0, 1, 2], [3, 4])
+    states = written(tokenizer, [0, 1, 2], [3, 4])
     assert states[-1] == "def f\n    pass\n"
 
 
 def test_timing_separates_the_first_token_from_the_rest() -> None:
-    tokenizer = byte_tokenizer()
-    _, streamer = stream(tokenizer, [5, 6, 7], [8, 9, 10], FakeClock(10.0, 12.0, 12.5, 13.0))
-    timing = streamer.timing()
-    assert (timing.prompt_tokens, timing.new_tokens) == (3, 3)
-    assert (timing.first_token_seconds, timing.decode_seconds, timing.decode_rate) == (2.0, 1.0, 2.0)
+    clock = FakeClock(10.0, 12.0, 12.5, 13.0)
+    timed = TimedTokens((torch.tensor([token]) for token in (8, 9, 10)), clock)
+    assert list(timed) == [8, 9, 10]
+    timing = timed.timing()
+    assert (timing.new_tokens, timing.first_token_seconds, timing.decode_seconds) == (3, 2.0, 1.0)
+    assert timing.decode_rate == 2.0
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_stages_show_in_terminals_only(is_terminal: bool) -> None:
+    output = io.StringIO()
+    console = Console(file=output, force_terminal=is_terminal, width=80, _environ={})
+    with stage(console, "Compiling [kernels]"):
+        pass
+    assert ("Compiling [kernels]" in output.getvalue()) == is_terminal
+    assert output.getvalue().endswith("\x1b[2K" if is_terminal else "")
+
+
+def test_a_warm_up_shows_its_stages_and_changes_no_token(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = AutoModelForCausalLM.from_pretrained(model_path, attn_implementation="sdpa")
+    model = replace_llama_attention_with_flashcore(model)
+    inputs = dict(AutoTokenizer.from_pretrained(model_path)(PROMPT, return_tensors="pt"))
+    decoding = Decoding(max_new_tokens=300, sampling=Sampling(temperature=1.0), seed=3, stop_tokens=[])
+    cold = [int(token) for token in islice(decoding.stream(model, inputs), 9)]
+    free_kept_caches(model)
+    output = io.StringIO()
+    generate.warm_up(model, inputs, decoding, Console(file=output, force_terminal=True, width=80, _environ={}))
+    shapes = kept_steps(model).shapes()
+    assert shapes == [(1, 512)]
+    assert [int(token) for token in islice(decoding.stream(model, inputs), 9)] == cold
+    assert kept_steps(model).shapes() == shapes
+    shown = re.findall(r"Compiling decode kernels and capturing the decode graph|Compiling prefill", output.getvalue())
+    assert sorted(set(shown)) == ["Compiling decode kernels and capturing the decode graph", "Compiling prefill"]
 
 
 def test_help_does_not_load_transformers() -> None:

@@ -38,6 +38,7 @@ def test_bad_values() -> None:
         error_line(""),
         error_line("--prompt", ""),
         error_line("--max-new-tokens", "0"),
+        error_line("--max-new-tokens", str(2**29 + 1)),
         error_line("--temperature", "-1"),
         error_line("--temperature", "nan"),
         error_line("--seed", "-1"),
@@ -50,7 +51,9 @@ def test_bad_values() -> None:
 error: MODEL: expected a model directory or a hub id, got an empty string. Leave it out
     for the default model.
 error: --prompt: expected some text, got an empty string. Pass the text to continue.
-error: --max-new-tokens: expected 1 or more, got 0. Ask for a token.
+error: --max-new-tokens: expected 1 to 536870912, got 0. Choose a number in that range.
+error: --max-new-tokens: expected 1 to 536870912, got 536870913. Choose a number in that
+    range.
 error: --temperature: expected 0 or a positive number, got -1.0. Use 0 for greedy.
 error: --temperature: expected 0 or a positive number, got nan. Use 0 for greedy.
 error: --seed: expected 0 to 2**64 - 1, got -1. Choose one in that range.
@@ -133,9 +136,19 @@ error: MODEL owner/no-such-model: expected an answer from the hub, got HTTP stat
     )
 
 
-def test_too_little_gpu_memory_in_plain_words(monkeypatch: pytest.MonkeyPatch) -> None:
+def out_of_memory_on_the_cpu() -> RuntimeError:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**56, dtype=torch.int8)
+    return caught.value
+
+
+@pytest.mark.parametrize("allocator", ["gpu", "cpu"])
+def test_too_little_memory_in_plain_words(monkeypatch: pytest.MonkeyPatch, allocator: str) -> None:
+    on_gpu = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+    error = on_gpu if allocator == "gpu" else out_of_memory_on_the_cpu()
+
     def run_out(*args: Any, **kwargs: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        raise error
 
     monkeypatch.setattr(generate, "load_model", run_out)
     assert_expected_inline(

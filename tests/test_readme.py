@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,6 +31,61 @@ def test_the_patch_runs(tmp_path: Path):
     exec(block, names)
     assert is_patched(names["model"])
     assert names["tokens"].shape == (1, PROMPT_LEN + 100)
+
+
+def decode_block(name: str) -> str:
+    """The code of the section on fast decoding that uses a name."""
+    section = README.split("## Decode fast\n")[1].split("\n## ")[0]
+    (block,) = [block for block in re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL) if name in block]
+    return str(block)
+
+
+def decode_names() -> dict[str, Any]:
+    """What the blocks of that section take for granted, and the tokens that each must give."""
+    pytest.importorskip("transformers")
+    from flashcore_ops import replace_llama_attention_with_flashcore
+    from tests.integrations.models import PROMPT_LEN, make_batch, make_model
+
+    inputs = make_batch()
+    expected = make_model().generate(**inputs, max_new_tokens=100, do_sample=False)[:, PROMPT_LEN:]
+    tokenizer = SimpleNamespace(eos_token_id=-1, decode=lambda token: f"{int(token)} ")
+    model = replace_llama_attention_with_flashcore(make_model())
+    return {"model": model, "inputs": inputs, "tokenizer": tokenizer, "expected": expected}
+
+
+def test_decoding_by_generate():
+    names = decode_names()
+    block = decode_block("free_kept_caches")
+    assert block.count("\nmodel.generate(") == 1
+    exec(block.replace("\nmodel.generate(", "\ntokens = model.generate("), names)
+    assert torch.equal(names["tokens"][:, -100:], names["expected"])
+
+
+def test_decoding_by_our_loop(capsys):
+    names = decode_names()
+    exec(decode_block("stream_tokens"), names)
+    assert capsys.readouterr().out.split() == [str(token) for token in names["expected"][0].tolist()]
+    assert names["tokens"].shape == (1, 100)
+
+
+def test_decoding_by_torch_compile():
+    names = decode_names()
+    block = decode_block("make_static_cache")
+    # CUDA graphs need a GPU; the graph that would be captured does not.
+    assert block.count('mode="reduce-overhead"') == 1
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        exec(block.replace('mode="reduce-overhead"', 'backend="eager"'), names)
+    assert torch.equal(torch.cat(names["tokens"], dim=1), names["expected"])
+
+
+def test_the_ladder_and_the_number_of_kept_caches_are_those_of_the_code():
+    pytest.importorskip("transformers")
+    from flashcore_ops.kept_steps import MAX_KEPT, capacity_for
+
+    rungs = [capacity_for(tokens) for tokens in (1, 257, 513)]
+    assert f"A cache has {', '.join(map(str, rungs))}, ... slots" in README
+    assert f"A model keeps at most {MAX_KEPT}," in README
 
 
 def test_the_op_by_itself_runs():

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TextIO
 
-import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-from transformers.generation.streamers import BaseStreamer
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -18,7 +17,6 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 class Timing:
     """Wall time of one generation, in seconds. `decode_seconds` spans all new tokens but the first."""
 
-    prompt_tokens: int
     new_tokens: int
     first_token_seconds: float
     decode_seconds: float
@@ -28,45 +26,66 @@ class Timing:
         """Decoded tokens per second, or None where only one token was made.
 
         Example:
-            >>> timing = Timing(prompt_tokens=3, new_tokens=11, first_token_seconds=0.5, decode_seconds=2.0)
-            >>> timing.decode_rate
+            >>> Timing(new_tokens=11, first_token_seconds=0.5, decode_seconds=2.0).decode_rate
             5.0
         """
         return (self.new_tokens - 1) / self.decode_seconds if self.new_tokens > 1 else None
 
 
-class TimedTextStreamer(BaseStreamer):
-    """A `generate` streamer that writes the prompt and each new token's text, batch size 1.
+class TimedTokens(Iterator[int]):
+    """The tokens of a stream of one row; its clock starts when the first is asked for.
+
+    Example:
+        >>> import torch
+        >>> tokens = TimedTokens(iter([torch.tensor([7]), torch.tensor([8])]), clock=iter([0.0, 0.5, 0.75]).__next__)
+        >>> list(tokens)
+        [7, 8]
+        >>> tokens.timing()
+        Timing(new_tokens=2, first_token_seconds=0.5, decode_seconds=0.25)
+    """
+
+    def __init__(self, stream: Iterator[Tensor], clock: Callable[[], float] = time.perf_counter) -> None:
+        self._stream = stream
+        self._clock = clock
+        self._times: list[float] = []
+
+    def __next__(self) -> int:
+        if not self._times:
+            self._times.append(self._clock())
+        token = int(next(self._stream))
+        self._times.append(self._clock())
+        return token
+
+    def timing(self) -> Timing:
+        """What the clock has seen; call it after the first token."""
+        start, first, last = self._times[0], self._times[1], self._times[-1]
+        return Timing(
+            new_tokens=len(self._times) - 1,
+            first_token_seconds=first - start,
+            decode_seconds=last - first,
+        )
+
+
+class TextWriter:
+    """Writes each token's text as soon as it is whole.
 
     transformers' own TextStreamer decodes every line afresh, and tokenizers that strip a leading
     space then lose one at each line's start. Here each piece is what the new tokens add to the text
     of the tokens before them, so the pieces join to the text of the whole.
     """
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        output: TextIO,
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, output: TextIO) -> None:
         self._tokenizer = tokenizer
         self._output = output
-        self._clock = clock
         self._tokens: list[int] = []
         # Tokens [_context, _written) are on the output and give the next piece its left context.
         self._context = 0
         self._written = 0
         self._last_char = ""
-        self._prompt_tokens = 0
-        self._times: list[float] = []
 
-    def put(self, value: torch.Tensor) -> None:
-        """Takes the prompt `[1, T]` on the first call, then one new token `[1]` a call."""
-        self._times.append(self._clock())
-        new_tokens = value.flatten().tolist()
-        if len(self._times) == 1:
-            self._prompt_tokens = len(new_tokens)
-        self._tokens.extend(new_tokens)
+    def write(self, tokens: Iterable[int]) -> None:
+        """Takes the tokens that follow those before; the first call's may be a prompt."""
+        self._tokens.extend(tokens)
         self._write_text(final=False)
 
     def end(self) -> None:
@@ -75,16 +94,6 @@ class TimedTextStreamer(BaseStreamer):
         if self._last_char != "\n":
             self._output.write("\n")
         self._output.flush()
-
-    def timing(self) -> Timing:
-        """What the clock saw; call it after the generation has ended."""
-        start, first, last = self._times[0], self._times[1], self._times[-1]
-        return Timing(
-            prompt_tokens=self._prompt_tokens,
-            new_tokens=len(self._times) - 1,
-            first_token_seconds=first - start,
-            decode_seconds=last - first,
-        )
 
     def _write_text(self, *, final: bool) -> None:
         before = self._decode(self._tokens[self._context : self._written])

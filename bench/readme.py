@@ -1,0 +1,231 @@
+"""`python -m bench.readme`: writes the tables of README.md from the results files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.llama_cases import LlamaCase
+from bench.results import DIRECTORY
+
+README = Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+FLOOR = "floor"
+LABELS = {
+    FLOOR: "floor",
+    "flashcore": "FlashCore",
+    "sdpa_cudnn": "SDPA cuDNN",
+    "sdpa_flash": "SDPA flash",
+    "sdpa_efficient": "SDPA efficient",
+    "hf_static_cache": "Hugging Face, static cache",
+    "flashcore_loop": "FlashCore's loop",
+    "flashcore_compiled": "FlashCore, compiled",
+    "flashcore_eager": "FlashCore, eager",
+    "hf_compiled": "Hugging Face, compiled",
+    "hf_eager": "Hugging Face, eager",
+}
+ATTENTION = ("flashcore", "sdpa_cudnn", "sdpa_flash", "sdpa_efficient", "hf_static_cache")
+Json = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Which figures of a results file make a table.
+
+    kind: decode, prefill or compile.
+    metrics: each with what its lines say beside their shape.
+    impls: the columns, as far as they have figures. The best of several is bold.
+    """
+
+    bench: str
+    kind: str
+    title: str
+    metrics: Mapping[str, str]
+    impls: Sequence[str]
+    has_ratios: bool = False
+    is_more_better: bool = False
+
+
+TABLES = (
+    Table(
+        bench="llama",
+        kind="decode",
+        title="Decode of a whole model, ms a token, and times the floor",
+        metrics={"loop_ms": ""},
+        impls=("flashcore_loop", "flashcore_compiled", "hf_compiled", "hf_eager"),
+        has_ratios=True,
+    ),
+    Table(
+        bench="llama",
+        kind="prefill",
+        title="Prefill of a whole model, ms",
+        metrics={"prefill_ms": ""},
+        impls=("flashcore_compiled", "flashcore_eager", "hf_compiled", "hf_eager"),
+    ),
+    Table(
+        bench="llama",
+        kind="compile",
+        title="From a loaded model to its first decoded token, ms",
+        metrics={"cold_ms": "compilers' caches empty", "warm_ms": "compilers' caches filled"},
+        impls=("flashcore_loop", "flashcore_compiled", "hf_compiled"),
+    ),
+    Table(bench="attention", kind="decode", title="Decode attention, us", metrics={"us": ""}, impls=ATTENTION),
+    Table(
+        bench="attention",
+        kind="prefill",
+        title="Causal prefill attention, TFLOP/s",
+        metrics={"tflops": ""},
+        impls=ATTENTION,
+        is_more_better=True,
+    ),
+)
+
+
+def render(directory: Path) -> str:
+    """All results under a directory as Markdown: a section for each GPU, a paragraph for each results file."""
+    parts = []
+    for folder in sorted(path for path in directory.iterdir() if path.is_dir()):
+        for bench in dict.fromkeys(table.bench for table in TABLES):
+            path = folder / f"{bench}.json"
+            if not path.is_file():
+                continue
+            results = json.loads(path.read_text())
+            parts.append(describe_run(results["meta"]))
+            parts += [render_table(table, results["rows"]) for table in TABLES if table.bench == bench]
+    return "\n\n".join(part for part in parts if part)
+
+
+def describe_run(meta: Json) -> str:
+    """What was measured on, in one line.
+
+    Example:
+        >>> describe_run({
+        ...     "gpu": "GPU", "torch": "2.11.0", "triton": "3.6.0", "transformers": None, "commit": "a" * 40,
+        ...     "date": "2026-11-23T01:07:16+00:00", "ceilings": {"read_tbs": 3.114, "matmul_tflops": 792.37},
+        ... })
+        'GPU, reads 3.11 TB/s, multiplies 792 TFLOP/s; torch 2.11.0, triton 3.6.0; commit aaaaaaaaaaaa, 2026-11-23'
+    """
+    versions = [f"{name} {meta[name]}" for name in ("torch", "triton", "transformers") if meta[name]]
+    ceilings = meta["ceilings"]
+    gpu = f"{meta['gpu']}, reads {ceilings['read_tbs']:.2f} TB/s, multiplies {ceilings['matmul_tflops']:.0f} TFLOP/s"
+    commit = f"commit {short_commit(meta['commit'])}" if meta["commit"] else "commit unknown"
+    return f"{gpu}; {', '.join(versions)}; {commit}, {meta['date'][:10]}"
+
+
+def short_commit(commit: str) -> str:
+    """The first digits, and whether there were changes on top.
+
+    Example:
+        >>> short_commit("0123456789abcdef-dirty")
+        '0123456789ab-dirty'
+    """
+    digits, *rest = commit.split("-")
+    return "-".join([digits[:12], *rest])
+
+
+def render_table(table: Table, rows: Iterable[Json]) -> str:
+    """A title and a table, or nothing where there are no figures."""
+    rows = [row for row in rows if row["metric"] in table.metrics and kind_of(row["case"]) == table.kind]
+    rows.sort(key=lambda row: (*order_of(row["case"]), list(table.metrics).index(row["metric"])))
+    figures: dict[tuple[str, str], dict[str, float]] = {}
+    for row in rows:
+        key = shape_of(row["case"]), table.metrics[row["metric"]]
+        figures.setdefault(key, {})[row["impl"]] = row["value"]
+    shown = [name for name in (FLOOR, *table.impls) if any(name in line for line in figures.values())]
+    if not set(shown) - {FLOOR}:
+        return ""
+    subjects = dict.fromkeys(subject_of(row["case"]) for row in rows)
+    lines = [
+        f"**{table.title}** ({'; '.join(subjects)})",
+        "",
+        f"| | {' | '.join(LABELS[name] for name in shown)} |",
+        "|---|" + "---:|" * len(shown),
+    ]
+    for (shape, label), line in figures.items():
+        cells = render_cells([(name, line.get(name)) for name in shown], table)
+        lines.append(f"| {', '.join(filter(None, (shape, label)))} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def render_cells(figures: Sequence[tuple[str, float | None]], table: Table) -> list[str]:
+    """One line's figures, the best bold.
+
+    Example:
+        >>> render_cells([("floor", 5.0), ("flashcore_loop", 5.5), ("hf_compiled", 9.0), ("hf_eager", None)], TABLES[0])
+        ['5.00', '**5.50** (1.10x)', '9.00 (1.80x)', '-']
+    """
+    floor = dict(figures).get(FLOOR)
+    present = [value for name, value in figures if value is not None and name != FLOOR]
+    best = (max if table.is_more_better else min)(present) if len(present) > 1 else None
+    cells = []
+    for name, value in figures:
+        if value is None:
+            cells.append("-")
+            continue
+        text = figure(value)
+        if name != FLOOR:
+            text = f"**{text}**" if value == best else text
+            text += f" ({value / floor:.2f}x)" if table.has_ratios and floor else ""
+        cells.append(text)
+    return cells
+
+
+def figure(value: float) -> str:
+    """Three digits or more.
+
+    Example:
+        >>> figure(5.038), figure(54.321), figure(2345.6)
+        ('5.04', '54.3', '2346')
+    """
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def kind_of(case: Json) -> str:
+    """decode, prefill or compile."""
+    return str(case.get("kind") or ("decode" if case["Q"] == 1 else "prefill"))
+
+
+def order_of(case: Json) -> tuple[int, ...]:
+    """Where a case stands in its table: by batch at decode, by length elsewhere. Merged results files are unordered."""
+    sizes = (case["B"], case["S"]) if kind_of(case) == "decode" else (case["S"], case["B"])
+    return (*sizes, case.get("capacity", 0))
+
+
+def shape_of(case: Json) -> str:
+    """Batch and length, and the cache's slots where they are not the usual number."""
+    if "kind" not in case:
+        return f"{case['B']} x {case['S']}"
+    sizes = {"batch": case["B"], "length": case["S"], "capacity": case["capacity"]}
+    return LlamaCase(kind=case["kind"], model=case["model"], layers=case["layers"], **sizes).shape
+
+
+def subject_of(case: Json) -> str:
+    """What the cases of a table have in common."""
+    if "kind" in case:
+        return f"batch x length; {case['model']}, {case['layers']} layers"
+    heads = f"{case['Hq']} query and {case['Hkv']} KV heads, D = {case['D']}"
+    return f"batch x length; {heads}, {case['dtype']}"
+
+
+def replace_results(text: str, results: str) -> str:
+    """README's text with the part between its markers replaced.
+
+    Raises:
+        ValueError: a marker is missing.
+
+    Example:
+        >>> replace_results(f"Before\\n{BEGIN}\\nold\\n{END}\\nafter", "new").splitlines()
+        ['Before', '<!-- results:begin -->', '', 'new', '', '<!-- results:end -->', 'after']
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"expected {BEGIN} and, after it, {END}; got a text without them")
+    return f"{before}{BEGIN}\n\n{results}\n\n{END}{after}"
+
+
+if __name__ == "__main__":
+    README.write_text(replace_results(README.read_text(), render(DIRECTORY)))
