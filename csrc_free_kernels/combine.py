@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from csrc_free_kernels import dependent_launch, softmax
+from csrc_free_kernels.tuning import ceil_div, next_power_of_2
 
 
 class Partials(NamedTuple):
@@ -110,8 +111,8 @@ def combine_splits(
     """Writes attention into output `[B, Hq, Q, Dv]` and, if given, lse (contiguous `[B, Hq, Q]`)."""
     num_splits, num_rows, value_dim = partials.output.shape
     # Narrow programs that load all their splits at once: one trip to memory instead of one for each chunk.
-    block_dv = min(32, triton.next_power_of_2(value_dim))
-    _combine_kernel[(num_rows, triton.cdiv(value_dim, block_dv))](
+    block_dv = min(32, next_power_of_2(value_dim))
+    _combine_kernel[(num_rows, ceil_div(value_dim, block_dv))](
         output,
         lse,
         partials.output,
@@ -127,8 +128,8 @@ def combine_splits(
         num_rows,
         Dv=value_dim,
         BLOCK_DV=block_dv,
-        BLOCK_SPLITS=triton.next_power_of_2(num_splits),
-        CHUNK=min(64, triton.next_power_of_2(num_splits)),
+        BLOCK_SPLITS=next_power_of_2(num_splits),
+        CHUNK=min(64, next_power_of_2(num_splits)),
         IS_DEPENDENT=is_dependent,
         num_warps=2,
         **dependent_launch.launch_options(is_dependent),

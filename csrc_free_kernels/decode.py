@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from csrc_free_kernels import combine, dependent_launch, masks, softmax
-from csrc_free_kernels.tuning import SLOTS_PER_SHARE, Tiles
+from csrc_free_kernels.tuning import SLOTS_PER_SHARE, Tiles, ceil_div, next_power_of_2
 
 _SHARE = tl.constexpr(SLOTS_PER_SHARE)
 
@@ -151,7 +151,7 @@ def decode_attention(
     batch, num_query_heads, query_len, head_dim = query.shape
     num_kv_heads, value_dim = key.shape[1], value.shape[3]
     group = num_query_heads // num_kv_heads
-    num_row_tiles = triton.cdiv(group * query_len, tiles.block_m)
+    num_row_tiles = ceil_div(group * query_len, tiles.block_m)
     num_rows = batch * num_query_heads * query_len
     scores = softmax.score_scale(scale, softcap)
     partials = combine.allocate_partials(output, num_splits) if num_splits > 1 else None
@@ -183,8 +183,8 @@ def decode_attention(
         num_rows,
         D=head_dim,
         Dv=value_dim,
-        BLOCK_D=triton.next_power_of_2(head_dim),
-        BLOCK_DV=triton.next_power_of_2(value_dim),
+        BLOCK_D=next_power_of_2(head_dim),
+        BLOCK_DV=next_power_of_2(value_dim),
         BLOCK_M=tiles.block_m,
         BLOCK_N=tiles.block_n,
         IS_CAUSAL=is_causal,

@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from csrc_free_kernels.tuning import next_power_of_2
+
 
 @triton.jit(do_not_specialize=["Hkv", "T", "S"])
 def _append_kernel(
@@ -68,7 +70,7 @@ def append_kv_(
         key_cache.shape[2],
         D=head_dim,
         Dv=value_dim,
-        BLOCK_D=triton.next_power_of_2(head_dim),
-        BLOCK_DV=triton.next_power_of_2(value_dim),
+        BLOCK_D=next_power_of_2(head_dim),
+        BLOCK_DV=next_power_of_2(value_dim),
         num_warps=1,
     )

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from csrc_free_kernels import dependent_launch, softmax
-from csrc_free_kernels.tuning import LinearTiles, is_one_row_at_a_time
+from csrc_free_kernels.tuning import LinearTiles, ceil_div, is_one_row_at_a_time
 
 _LINE_BYTES = tl.constexpr(128)
 
@@ -256,7 +256,7 @@ def linear(
     # A row kernel holds the first block of each weight row in registers by then.
     num_weight_rows = sum(weight.shape[0] for weight in weights)
     num_ahead = depth - tiles.block_k if is_one_at_a_time else depth
-    num_tiles = sum(triton.cdiv(size, width) for size in sizes)
+    num_tiles = sum(ceil_div(size, width) for size in sizes)
     arguments = {
         "p_input": rows,
         "p_residual": residual,
@@ -284,7 +284,7 @@ def linear(
     if is_one_at_a_time:
         _row_kernel[(num_tiles * num_rows,)](p_norm=norm_weight, eps=eps, **arguments)
     else:
-        _tile_kernel[(num_tiles, triton.cdiv(num_rows, tiles.block_m))](
+        _tile_kernel[(num_tiles, ceil_div(num_rows, tiles.block_m))](
             BLOCK_M=tiles.block_m, DOT_DTYPE=softmax.dot_dtype(rows.dtype), **arguments
         )
 

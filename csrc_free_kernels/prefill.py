@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from csrc_free_kernels import masks, softmax
-from csrc_free_kernels.tuning import Tiles
+from csrc_free_kernels.tuning import Tiles, ceil_div, next_power_of_2
 
 
 @triton.jit(do_not_specialize=["B", "Hq", "G", "Q", "S", "window"])
@@ -130,7 +130,7 @@ def prefill_attention(
     batch, num_query_heads, query_len, head_dim = query.shape
     value_dim = value.shape[3]
     scores = softmax.score_scale(scale, softcap)
-    grid = (triton.cdiv(query_len, tiles.block_m) * batch * num_query_heads,)
+    grid = (ceil_div(query_len, tiles.block_m) * batch * num_query_heads,)
     _prefill_kernel[grid](
         query,
         key,
@@ -156,8 +156,8 @@ def prefill_attention(
         window,
         D=head_dim,
         Dv=value_dim,
-        BLOCK_D=triton.next_power_of_2(head_dim),
-        BLOCK_DV=triton.next_power_of_2(value_dim),
+        BLOCK_D=next_power_of_2(head_dim),
+        BLOCK_DV=next_power_of_2(value_dim),
         BLOCK_M=tiles.block_m,
         BLOCK_N=tiles.block_n,
         IS_CAUSAL=is_causal,

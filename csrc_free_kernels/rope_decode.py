@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from csrc_free_kernels import combine, dependent_launch, masks, softmax
-from csrc_free_kernels.tuning import SLOTS_PER_SHARE, Tiles
+from csrc_free_kernels.tuning import SLOTS_PER_SHARE, Tiles, ceil_div, next_power_of_2
 
 _SHARE = tl.constexpr(SLOTS_PER_SHARE)
 _PREFETCHED_SLOTS = tl.constexpr(64)
@@ -229,7 +229,7 @@ def rope_append_attention(
     batch, num_query_heads, _, head_dim = query.shape
     num_kv_heads, value_dim = key_cache.shape[1], value_cache.shape[3]
     group = num_query_heads // num_kv_heads
-    num_row_tiles = triton.cdiv(group, tiles.block_m)
+    num_row_tiles = ceil_div(group, tiles.block_m)
     scores = softmax.score_scale(scale, softcap)
     partials = combine.allocate_partials(output, num_splits) if num_splits > 1 else None
     _rope_decode_kernel[(batch * num_kv_heads * num_row_tiles * num_splits,)](
@@ -267,8 +267,8 @@ def rope_append_attention(
         batch * num_query_heads,
         D=head_dim,
         Dv=value_dim,
-        BLOCK_D=triton.next_power_of_2(head_dim),
-        BLOCK_DV=triton.next_power_of_2(value_dim),
+        BLOCK_D=next_power_of_2(head_dim),
+        BLOCK_DV=next_power_of_2(value_dim),
         BLOCK_M=tiles.block_m,
         BLOCK_N=tiles.block_n,
         HAS_WINDOW=window > 0,

@@ -124,7 +124,7 @@ def decode_tiles(arch: str, dtype: torch.dtype, head_dim: int, num_rows: int) ->
     """
     table = _DECODE[_GENERATION.get(arch, "small")] | _FLOAT32_DECODE
     largest = table[_table_key(dtype, head_dim)]
-    rows = min(largest.block_m, max(_MIN_DOT_SIZE, _next_power_of_2(num_rows)))
+    rows = min(largest.block_m, max(_MIN_DOT_SIZE, next_power_of_2(num_rows)))
     return replace(largest, block_m=rows)
 
 
@@ -157,13 +157,13 @@ def linear_tiles(
     """
     if is_one_row_at_a_time(num_rows, dtype):
         num_warps = 8 if depth > _LONG_DEPTH else 4
-        block_k = min(4096 // dtype.itemsize, _next_power_of_2(depth))
+        block_k = min(4096 // dtype.itemsize, next_power_of_2(depth))
         # Eight loads of 16 bytes in flight a thread.
         block_n = num_warps * 32 * (128 // dtype.itemsize) // block_k
         return LinearTiles(1, block_n, block_k, num_warps, num_stages=1, prefetched_bytes=2 * 2**20)
     one_wave, wider = _LINEAR[_GENERATION.get(arch, "small")][16 if num_rows <= 16 else 32]
     tiles = one_wave if num_columns <= num_multiprocessors * one_wave.block_n else wider
-    return replace(tiles, block_k=min(tiles.block_k, max(_MIN_DOT_SIZE, _next_power_of_2(depth))))
+    return replace(tiles, block_k=min(tiles.block_k, max(_MIN_DOT_SIZE, next_power_of_2(depth))))
 
 
 def choose_num_splits(num_programs: int, kv_len: int, num_multiprocessors: int) -> int:
@@ -199,8 +199,24 @@ def _facts_of(index: int) -> tuple[str, int]:
 
 
 def _table_key(dtype: torch.dtype, head_dim: int) -> tuple[int, int]:
-    return max(64, _next_power_of_2(head_dim)), dtype.itemsize
+    return max(64, next_power_of_2(head_dim)), dtype.itemsize
 
 
-def _next_power_of_2(n: int) -> int:
+def next_power_of_2(n: int) -> int:
+    """As triton's, whose host function takes microseconds of each launch.
+
+    Example:
+        >>> [next_power_of_2(n) for n in (1, 5, 8)]
+        [1, 8, 8]
+    """
     return 1 << (n - 1).bit_length()
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up.
+
+    Example:
+        >>> ceil_div(9, 4)
+        3
+    """
+    return -(-a // b)

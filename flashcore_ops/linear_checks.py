@@ -72,7 +72,7 @@ def _check_weights(input: Tensor, weights: Sequence[Tensor], is_gated: bool) -> 
 
 
 def _check_like(input: Tensor, tensor: Tensor, name: str, shape: tuple[int, ...]) -> None:
-    if tensor.dim() != len(shape) or any(a != b for a, b in zip(tensor.shape, shape, strict=True)):
+    if tensor.shape != shape:
         raise ShapeError.explain(
             name, expected=f"shape {list(shape)}", got=f"{list(tensor.shape)}", fix=f"Pass {name} as {list(shape)}."
         )
@@ -99,8 +99,8 @@ def _check_like(input: Tensor, tensor: Tensor, name: str, shape: tuple[int, ...]
         )
 
 
-def supports_linear(*tensors: Tensor, dtype: torch.dtype) -> bool:
-    """Whether weights can go to the linear op beside inputs of a dtype.
+def supports_linear(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a weight can go to the linear op beside inputs of a dtype.
 
     Example:
         >>> supports_linear(torch.ones(4, 8), dtype=torch.float32)
@@ -108,4 +108,4 @@ def supports_linear(*tensors: Tensor, dtype: torch.dtype) -> bool:
         >>> supports_linear(torch.ones(4, 8).t(), dtype=torch.float32)
         False
     """
-    return dtype in SUPPORTED_DTYPES and all(t.dtype == dtype and t.is_contiguous() for t in tensors)
+    return weight.dtype == dtype and dtype in SUPPORTED_DTYPES and weight.is_contiguous()

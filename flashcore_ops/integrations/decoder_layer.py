@@ -200,12 +200,12 @@ def _add_mlp(mlp: Any, norm: Any, residual: Tensor) -> Tensor:
 
 def _is_fusable(input: Tensor, *linears: Any) -> bool:
     """Whether the linear op can stand in for these modules on this input."""
-    return all(
-        _is_bypassable(linear, nn.Linear, FlashCoreLinear)
-        and linear.bias is None
-        and supports_linear(linear.weight, dtype=input.dtype)
-        for linear in linears
-    ) and not torch.is_autocast_enabled(input.device.type)
+    for linear in linears:
+        if not _is_bypassable(linear, nn.Linear, FlashCoreLinear) or linear.bias is not None:
+            return False
+        if not supports_linear(linear.weight, dtype=input.dtype):
+            return False
+    return not torch.is_autocast_enabled(input.device.type)
 
 
 def _is_bypassable(module: Any, *types: type[nn.Module]) -> bool:
@@ -215,8 +215,10 @@ def _is_bypassable(module: Any, *types: type[nn.Module]) -> bool:
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether someone has put something of their own around one module's call."""
-    own = vars(module)
-    hooks = own["_forward_hooks"].values()
+    own = module.__dict__
+    if not own["_forward_hooks"] and not own["_forward_pre_hooks"] and "forward" not in own:
+        return False
     # transformers leaves its recorders in place after a call that asked for attention weights or hidden states.
+    hooks = own["_forward_hooks"].values()
     is_recorded_only = all(getattr(hook, "__name__", "") == "output_capturing_hook" for hook in hooks)
     return "forward" in own or bool(own["_forward_pre_hooks"]) or not is_recorded_only
