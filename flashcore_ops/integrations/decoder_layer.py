@@ -1,4 +1,4 @@
-"""A decoder layer's decode step in five launches: linear, rope_append_attention, and three times linear.
+"""A decoder layer's decode step in five ops: linear, rope_append_attention, and three times linear.
 
 Patching swaps the classes of a model's decoder layers and of its head for the ones below. They differ from their
 parents only where the rows are one new token each; and there each part still goes its parent's way if a module that
