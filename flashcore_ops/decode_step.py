@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from flashcore_ops.integrations.decoder_layer import is_capturable
 
 
 def greedy(logits: Tensor) -> Tensor:
@@ -50,7 +53,8 @@ class DecodeStep:
             self.start = torch.zeros(slots.shape[0], dtype=torch.int32, device=slots.device)
             self.position_offset = torch.zeros(slots.shape[0], dtype=torch.int64, device=slots.device)
         self.logits = torch.empty(0)
-        self._model = model
+        # What is kept for a model must not keep it alive.
+        self._model = weakref.proxy(model)
 
     def run(self) -> None:
         """Runs one step; on a GPU nothing waits for it."""
@@ -75,8 +79,8 @@ class DecodeStep:
 class DecodeGraph(DecodeStep):
     """The step as a CUDA graph: one launch, at any length of the cache.
 
-    It stands for this cache and for weights that stay where they are in memory, and does not keep the model alive. Any
-    thread may replay it, one at a time.
+    It stands for this cache and for weights that stay where they are in memory. Any thread may replay it, one at a
+    time.
     """
 
     def __init__(self, model: Any, cache: Any) -> None:
@@ -85,7 +89,6 @@ class DecodeGraph(DecodeStep):
         self._graph = torch.cuda.CUDAGraph()
         with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(self.length.device):
             self.logits = self._capture()
-        self._model = None
 
     def run(self) -> None:
         """Queues one step."""
@@ -107,7 +110,7 @@ class DecodeGraph(DecodeStep):
 
 
 def make_decode_step(model: Any, cache: Any) -> DecodeStep:
-    """The fastest step for the cache's device: a graph on a GPU, plain calls elsewhere.
+    """The fastest step for the cache's device: a graph on a GPU, plain calls elsewhere or if no graph can stand for it.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -120,4 +123,5 @@ def make_decode_step(model: Any, cache: Any) -> DecodeStep:
         >>> step.logits.shape, int(step.length)
         (torch.Size([2, 64]), 1)
     """
-    return DecodeGraph(model, cache) if cache.layers[0].keys.is_cuda else DecodeStep(model, cache)
+    has_graph = cache.layers[0].keys.is_cuda and is_capturable(model)
+    return DecodeGraph(model, cache) if has_graph else DecodeStep(model, cache)
