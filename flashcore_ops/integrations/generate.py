@@ -130,7 +130,7 @@ def _keeps_cache(model: Any, generation_config: Any, model_kwargs: dict[str, Any
         and not generation_config.output_hidden_states
         and is_patched(model)
         and is_capturable(model)
-        and not torch.is_autocast_enabled("cuda")
+        and not torch.is_autocast_enabled(model.device.type)
         and not kept_steps(model).is_taken
     )
 
