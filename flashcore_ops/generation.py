@@ -56,7 +56,9 @@ class Sampling:
         """Tokens `[B]` for logits `[B, V]`, on their device and without waiting for it."""
         if self.temperature == 0:
             return greedy(logits)[:, 0]
-        logits = logits.float() / self.temperature
+        logits = logits.float()
+        # From the largest down, so that no temperature makes it infinite.
+        logits = (logits - logits.amax(dim=-1, keepdim=True)) / self.temperature
         if 0 < self.top_k < logits.shape[-1]:
             least = logits.topk(self.top_k).values[:, -1:]
             logits = logits.masked_fill(logits < least, -torch.inf)
