@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 import weakref
 from typing import Any
 
@@ -10,6 +11,9 @@ import torch
 from torch import Tensor
 
 from flashcore_ops.integrations.decoder_layer import is_capturable
+
+# One capture at a time, since they share a stream.
+_capturing = threading.Lock()
 
 
 def greedy(logits: Tensor) -> Tensor:
@@ -87,26 +91,32 @@ class DecodeGraph(DecodeStep):
         """Captures the step. The cache is as long as before, and its tokens are untouched."""
         super().__init__(model, cache)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(self.length.device):
-            self.logits = self._capture()
+        with _capturing, torch.inference_mode(False), torch.no_grad(), torch.cuda.device(self.length.device):
+            self.logits = self._capture(model)
 
     def run(self) -> None:
         """Queues one step."""
         self._graph.replay()
 
-    def _capture(self) -> Tensor:
+    def _capture(self, model: Any) -> Tensor:
         length = self.length.clone()
-        stream = torch.cuda.Stream()
+        stream = _capture_stream(self.length.device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             # Kernels compile and libraries allocate their workspaces before the capture, which allows neither.
-            self._forward(self._model)
+            self._forward(model)
             self.length.copy_(length)
             # Other threads may go on using the GPU meanwhile.
             with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
-                logits = self._forward(self._model)
+                logits = self._forward(model)
         torch.cuda.current_stream().wait_stream(stream)
         return logits
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The same for all captures: cuBLAS keeps a workspace for each stream that it has met."""
+    return torch.cuda.Stream(device)
 
 
 def make_decode_step(model: Any, cache: Any) -> DecodeStep:
