@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import functools
+import threading
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from flashcore_ops.integrations.decoder_layer import is_capturable
+
+# One capture at a time, since they share a stream.
+_capturing = threading.Lock()
 
 
 def greedy(logits: Tensor) -> Tensor:
@@ -50,7 +57,8 @@ class DecodeStep:
             self.start = torch.zeros(slots.shape[0], dtype=torch.int32, device=slots.device)
             self.position_offset = torch.zeros(slots.shape[0], dtype=torch.int64, device=slots.device)
         self.logits = torch.empty(0)
-        self._model = model
+        # What is kept for a model must not keep it alive.
+        self._model = weakref.proxy(model)
 
     def run(self) -> None:
         """Runs one step; on a GPU nothing waits for it."""
@@ -75,39 +83,44 @@ class DecodeStep:
 class DecodeGraph(DecodeStep):
     """The step as a CUDA graph: one launch, at any length of the cache.
 
-    It stands for this cache and for weights that stay where they are in memory, and does not keep the model alive. Any
-    thread may replay it, one at a time.
+    It stands for this cache and for weights that stay where they are in memory. Any thread may replay it, one at a
+    time.
     """
 
     def __init__(self, model: Any, cache: Any) -> None:
         """Captures the step. The cache is as long as before, and its tokens are untouched."""
         super().__init__(model, cache)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(self.length.device):
-            self.logits = self._capture()
-        self._model = None
+        with _capturing, torch.inference_mode(False), torch.no_grad(), torch.cuda.device(self.length.device):
+            self.logits = self._capture(model)
 
     def run(self) -> None:
         """Queues one step."""
         self._graph.replay()
 
-    def _capture(self) -> Tensor:
+    def _capture(self, model: Any) -> Tensor:
         length = self.length.clone()
-        stream = torch.cuda.Stream()
+        stream = _capture_stream(self.length.device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             # Kernels compile and libraries allocate their workspaces before the capture, which allows neither.
-            self._forward(self._model)
+            self._forward(model)
             self.length.copy_(length)
             # Other threads may go on using the GPU meanwhile.
             with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
-                logits = self._forward(self._model)
+                logits = self._forward(model)
         torch.cuda.current_stream().wait_stream(stream)
         return logits
 
 
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The same for all captures: cuBLAS keeps a workspace for each stream that it has met."""
+    return torch.cuda.Stream(device)
+
+
 def make_decode_step(model: Any, cache: Any) -> DecodeStep:
-    """The fastest step for the cache's device: a graph on a GPU, plain calls elsewhere.
+    """The fastest step for the cache's device: a graph on a GPU, plain calls elsewhere or if no graph can stand for it.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -120,4 +133,5 @@ def make_decode_step(model: Any, cache: Any) -> DecodeStep:
         >>> step.logits.shape, int(step.length)
         (torch.Size([2, 64]), 1)
     """
-    return DecodeGraph(model, cache) if cache.layers[0].keys.is_cuda else DecodeStep(model, cache)
+    has_graph = cache.layers[0].keys.is_cuda and is_capturable(model)
+    return DecodeGraph(model, cache) if has_graph else DecodeStep(model, cache)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flashcore_ops.decode_step import DecodeStep, greedy
 from flashcore_ops.errors import MaskError, OptionError, ShapeError
-from flashcore_ops.kept_steps import capacity_for, kept_steps
+from flashcore_ops.kept_steps import capacity_for, check_is_patched, kept_steps
 
 # Steps that are queued before the host looks at their tokens, where nobody waits for each.
 STEPS_PER_READ = 16
@@ -56,7 +56,9 @@ class Sampling:
         """Tokens `[B]` for logits `[B, V]`, on their device and without waiting for it."""
         if self.temperature == 0:
             return greedy(logits)[:, 0]
-        logits = logits.float() / self.temperature
+        logits = logits.float()
+        # From the largest down, so that no temperature makes it infinite.
+        logits = (logits - logits.amax(dim=-1, keepdim=True)) / self.temperature
         if 0 < self.top_k < logits.shape[-1]:
             least = logits.topk(self.top_k).values[:, -1:]
             logits = logits.masked_fill(logits < least, -torch.inf)
@@ -85,8 +87,8 @@ def stream_tokens(
     """Generates tokens and yields each step's as soon as the host has it.
 
     While the host reads one token the device works on the next, so streaming costs no time on the device. On a GPU the
-    step is a kept CUDA graph (see `warmup` and `free_kept_caches`). Other threads' calls with the same model wait until
-    the iterator is exhausted or closed.
+    step is a kept CUDA graph (see `warmup` and `free_kept_caches`). Once the first token is asked for, other threads'
+    calls with the same model wait until the iterator is exhausted or closed. Any thread may take the next token.
 
     Args:
         model: a patched causal language model.
@@ -102,7 +104,7 @@ def stream_tokens(
         int64 `[B]` on the CPU, step by step. A row that has ended repeats its stop token. Ends when all rows have.
 
     Raises:
-        OptionError: max_new_tokens or steps_per_read is below 1.
+        OptionError: max_new_tokens or steps_per_read is below 1, or the model is not patched.
         ShapeError: input_ids is not `[B, T]` with T > 0.
         MaskError: attention_mask is not `[B, T]`, or has padding that is not on the left.
 
@@ -115,8 +117,31 @@ def stream_tokens(
         >>> len(list(stream_tokens(model, torch.tensor([[1, 2, 3]]), max_new_tokens=5)))
         5
     """
+    check_is_patched(model)
     _check_arguments(input_ids, attention_mask, max_new_tokens, steps_per_read)
-    sampling = sampling or Sampling()
+    return _stream(
+        model,
+        input_ids,
+        attention_mask,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling or Sampling(),
+        stop_tokens=stop_tokens,
+        generator=generator,
+        steps_per_read=steps_per_read,
+    )
+
+
+def _stream(
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop_tokens: Collection[int],
+    generator: torch.Generator | None,
+    steps_per_read: int,
+) -> Iterator[Tensor]:
     batch_size, prompt_len = input_ids.shape
     steps = kept_steps(model)
     with steps.turn():
@@ -163,7 +188,7 @@ def _prefill(
     padding = torch.zeros(input_ids.shape[0], dtype=torch.int64, device=device)
     position_ids = None
     if attention_mask is not None:
-        attention_mask = attention_mask.to(device)
+        attention_mask = attention_mask.to(device).bool()
         padding = input_ids.shape[1] - attention_mask.sum(dim=-1)
         position_ids = (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)
     step.start.copy_(padding)

@@ -14,7 +14,9 @@ from torch import nn
 
 from flashcore_ops.decode_step import DecodeStep, make_decode_step
 from flashcore_ops.errors import OptionError
+from flashcore_ops.integrations.decoder_layer import is_capturable
 from flashcore_ops.integrations.static_cache import make_static_cache
+from flashcore_ops.integrations.transformers import is_patched
 
 SMALLEST_CAPACITY = 256
 MAX_KEPT = 4
@@ -40,19 +42,36 @@ class KeptSteps:
 
     def __init__(self) -> None:
         self._steps: OrderedDict[Shape, DecodeStep] = OrderedDict()
-        self._weights: tuple[Any, ...] = ()
-        self._lock = threading.RLock()
+        self._model_state: tuple[Any, ...] = ()
+        self._lock = threading.Lock()
+        self._holder: int | None = None
+        self.is_taken = False
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Holds the model's steps for the calling thread."""
-        with self._lock:
+        """Holds the model's steps for the calling thread. A turn inside another of the same thread does not wait."""
+        thread = threading.get_ident()
+        if self._holder == thread:
             yield
+            return
+        # Not a reentrant lock, since an iterator's turn may end in another thread than it began in.
+        with self._lock:
+            self._holder, self.is_taken = thread, False
+            try:
+                yield
+            finally:
+                self._holder = None
 
     def get(self, model: Any, batch_size: int, capacity: int) -> DecodeStep:
-        """The emptied step of a shape, made if it is not kept. The caller holds the turn."""
-        self._drop_if_weights_moved(model)
+        """The emptied step of a shape, made if it is not kept. The caller holds the turn.
+
+        A turn takes one: whoever decodes in the midst of it gets a step of their own, which is not kept.
+        """
         shape = (batch_size, capacity)
+        if self.is_taken:
+            return self._make(model, shape)
+        self.is_taken = True
+        self._drop_if_model_changed(model)
         if shape not in self._steps:
             while len(self._steps) >= MAX_KEPT:
                 self._steps.popitem(last=False)
@@ -72,7 +91,7 @@ class KeptSteps:
 
     def clear(self) -> None:
         """Frees all caches and graphs."""
-        with self._lock:
+        with self.turn():
             self._steps.clear()
 
     def shapes(self) -> list[Shape]:
@@ -89,13 +108,13 @@ class KeptSteps:
         torch.cuda.empty_cache()
         return make_decode_step(model, make_static_cache(model, *shape))
 
-    def _drop_if_weights_moved(self, model: nn.Module) -> None:
-        """A graph reads weights by address: a model that was cast, moved or adapted since needs new ones."""
+    def _drop_if_model_changed(self, model: nn.Module) -> None:
+        """A graph reads weights by address: a model that was cast, moved, adapted or hooked since needs new ones."""
         tensors = (*model.parameters(), *model.buffers())
-        weights = (model.training, *((tensor.data_ptr(), tensor.dtype) for tensor in tensors))
-        if weights != self._weights:
+        state = (is_capturable(model), model.training, *((tensor.data_ptr(), tensor.dtype) for tensor in tensors))
+        if state != self._model_state:
             self._steps.clear()
-            self._weights = weights
+            self._model_state = state
 
 
 _kept: weakref.WeakKeyDictionary[Any, KeptSteps] = weakref.WeakKeyDictionary()
@@ -106,6 +125,17 @@ def kept_steps(model: Any) -> KeptSteps:
     """The steps kept for one model instance; they go with it."""
     with _kept_lock:
         return _kept.setdefault(model, KeptSteps())
+
+
+def check_is_patched(model: Any) -> None:
+    """Raises OptionError for a model that does not run on FlashCore."""
+    if not is_patched(model):
+        raise OptionError.explain(
+            "model",
+            expected="a patched model",
+            got=f"a {type(model).__name__} that is not",
+            fix="Call replace_llama_attention_with_flashcore(model) first.",
+        )
 
 
 def warmup(model: Any, batch_size: int, capacity: int) -> None:
@@ -128,18 +158,10 @@ def warmup(model: Any, batch_size: int, capacity: int) -> None:
         >>> kept_steps(model).shapes()
         [(1, 512)]
     """
-    from flashcore_ops.integrations.transformers import is_patched
-
     for name, number in (("batch_size", batch_size), ("capacity", capacity)):
         if number < 1:
             raise OptionError.explain(name, expected="1 or more", got=str(number), fix="Count rows and tokens from 1.")
-    if not is_patched(model):
-        raise OptionError.explain(
-            "model",
-            expected="a patched model",
-            got=f"a {type(model).__name__} that is not",
-            fix="Call replace_llama_attention_with_flashcore(model) first.",
-        )
+    check_is_patched(model)
     steps = kept_steps(model)
     with steps.turn():
         step = steps.get(model, batch_size, capacity_for(capacity))

@@ -56,7 +56,7 @@ def fcore_attention(
         >>> tuple(output.shape), weights
         ((1, 3, 4, 16), None)
     """
-    _check_options(dropout, kwargs)
+    check_options(dropout, kwargs)
     if attention_mask is not None and not isinstance(attention_mask, Tensor):
         raise _mask_error(f"a {type(attention_mask).__name__}")
     if attention_mask is not None and attention_mask.dtype != torch.int32:
@@ -83,7 +83,8 @@ def fcore_attention(
     return output.transpose(1, 2), None
 
 
-def _check_options(dropout: float, kwargs: dict[str, Any]) -> None:
+def check_options(dropout: float, kwargs: dict[str, Any]) -> None:
+    """Raises a typed error for what no attention of ours serves."""
     if dropout > 0:
         raise OptionError.explain(
             "attention_dropout",

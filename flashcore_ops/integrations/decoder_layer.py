@@ -11,13 +11,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import SiLUActivation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, apply_rotary_pos_emb
-from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralRMSNorm
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMSNorm
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaMLP,
+    LlamaRMSNorm,
+    apply_rotary_pos_emb,
+)
+from transformers.models.mistral.modeling_mistral import (
+    MistralAttention,
+    MistralDecoderLayer,
+    MistralMLP,
+    MistralRMSNorm,
+)
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer, Qwen2MLP, Qwen2RMSNorm
 
+from flashcore_ops.integrations.attention import check_options
 from flashcore_ops.integrations.static_cache import SharedLengthLayer
-from flashcore_ops.integrations.transformers import ATTENTION_NAME
+from flashcore_ops.integrations.transformers import ATTENTION_NAME, register_fcore
 from flashcore_ops.linear_checks import supports_linear
 
 # Beyond, a library's matrix product is faster than reading each weight again for every 32 rows.
@@ -40,7 +53,7 @@ class FlashCoreDecoderLayer(nn.Module):
         layer: Any = self
         is_decode = hidden_states.shape[1] == 1 and hidden_states.shape[0] <= MAX_DECODE_ROWS
         is_patched = layer.self_attn.config._attn_implementation == ATTENTION_NAME
-        if not (is_decode and is_patched and _is_bypassable(layer.self_attn, type(layer.self_attn))):
+        if not (is_decode and is_patched and _is_bypassable(layer.self_attn, *_ATTENTIONS)):
             output: Tensor = super().forward(
                 hidden_states,
                 attention_mask=attention_mask,
@@ -94,7 +107,12 @@ _FUSED_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     Qwen2DecoderLayer: Qwen2FlashCoreDecoderLayer,
 }
 _PARENTS = {fused: parent for parent, fused in _FUSED_LAYERS.items()} | {FlashCoreLinear: nn.Linear}
+_ATTENTIONS = (LlamaAttention, MistralAttention, Qwen2Attention)
+_MLPS = (LlamaMLP, MistralMLP, Qwen2MLP)
 _NORMS = (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm)
+
+# A patched model that comes out of a pickle imports this module and needs `fcore`.
+register_fcore()
 
 
 def fuse_modules(model: nn.Module) -> None:
@@ -140,6 +158,8 @@ def _attend(
     **kwargs: Any,
 ) -> Tensor:
     """Rotates, appends and attends; returns `[B, 1, Hq * D]`."""
+    dropout = attention.attention_dropout if attention.training else 0.0
+    check_options(dropout, kwargs)
     cos, sin = position_embeddings
     window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
     cache = _static_layer(past_key_values, attention.layer_idx)
@@ -168,7 +188,7 @@ def _attend(
             key,
             value,
             attention_mask,
-            dropout=attention.attention_dropout if attention.training else 0.0,
+            dropout=dropout,
             scaling=attention.scaling,
             sliding_window=window,
             **kwargs,
@@ -189,9 +209,12 @@ def _add_product(projection: Any, input: Tensor, residual: Tensor) -> Tensor:
 
 
 def _add_mlp(mlp: Any, norm: Any, residual: Tensor) -> Tensor:
-    has_silu = isinstance(mlp.act_fn, nn.SiLU) or type(mlp.act_fn).__name__ == "SiLUActivation"
-    is_fused = has_silu and _is_bypassable(mlp, type(mlp)) and _is_bypassable(norm, *_NORMS)
-    if not (is_fused and _is_fusable(residual, mlp.gate_proj, mlp.up_proj)):
+    is_standard = (
+        _is_bypassable(mlp, *_MLPS)
+        and _is_bypassable(mlp.act_fn, nn.SiLU, SiLUActivation)
+        and _is_bypassable(norm, *_NORMS)
+    )
+    if not (is_standard and _is_fusable(residual, mlp.gate_proj, mlp.up_proj)):
         return residual + mlp(norm(residual))
     weights = [mlp.gate_proj.weight, mlp.up_proj.weight]
     gated = torch.ops.flashcore.linear(residual, weights, norm.weight, norm.variance_epsilon, None, True)
@@ -205,7 +228,11 @@ def _is_fusable(input: Tensor, *linears: Any) -> bool:
             return False
         if not supports_linear(linear.weight, dtype=input.dtype):
             return False
-    return not torch.is_autocast_enabled(input.device.type)
+    return not (torch.is_autocast_enabled(input.device.type) or _needs_gradient(input, *linears))
+
+
+def _needs_gradient(input: Tensor, *linears: Any) -> bool:
+    return torch.is_grad_enabled() and (input.requires_grad or any(linear.weight.requires_grad for linear in linears))
 
 
 def _is_bypassable(module: Any, *types: type[nn.Module]) -> bool:
@@ -222,3 +249,15 @@ def is_hooked(module: nn.Module) -> bool:
     hooks = own["_forward_hooks"].values()
     is_recorded_only = all(getattr(hook, "__name__", "") == "output_capturing_hook" for hook in hooks)
     return "forward" in own or bool(own["_forward_pre_hooks"]) or not is_recorded_only
+
+
+def is_capturable(model: nn.Module) -> bool:
+    """Whether a step always runs the same kernels: an adapter, say, can be switched off between two calls."""
+    return not any(
+        type(module).__module__.partition(".")[0] not in ("torch", "transformers", "flashcore_ops")
+        or is_hooked(module)
+        # These choose their frequencies on the host, by the positions of each call.
+        or "dynamic" in (rope_type := str(getattr(module, "rope_type", "")))
+        or rope_type == "longrope"
+        for module in model.modules()
+    )

@@ -10,23 +10,34 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin
 from transformers.generation import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
-from flashcore_ops.integrations.decoder_layer import is_hooked
+from flashcore_ops.integrations.decoder_layer import is_capturable
+from flashcore_ops.integrations.transformers import is_patched
 from flashcore_ops.kept_steps import capacity_for, kept_steps
 
-_PASSED_ON = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "return_dict"}
+# What a step is made of, and what changes nothing for one token.
+_SERVED_INPUTS = {
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "use_cache",
+    "return_dict",
+    "logits_to_keep",
+}
 
 
 class KeptGeneration:
     """What patching puts before a model's class in the order of resolution."""
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As the parent's; calls from several threads take turns."""
+        """As the parent's; calls from several threads take turns. One inside another keeps no cache."""
         steps = kept_steps(self)
         with steps.turn():
             result = super().generate(*args, **kwargs)  # type: ignore[misc]
@@ -117,7 +128,10 @@ def _keeps_cache(model: Any, generation_config: Any, model_kwargs: dict[str, Any
         and not generation_config.disable_compile
         and not generation_config.output_attentions
         and not generation_config.output_hidden_states
-        and _is_capturable(model)
+        and is_patched(model)
+        and is_capturable(model)
+        and not torch.is_autocast_enabled(model.device.type)
+        and not kept_steps(model).is_taken
     )
 
 
@@ -125,19 +139,11 @@ def _has_graphs(model: Any) -> bool:
     return {parameter.device.type for parameter in model.parameters()} == {"cuda"}
 
 
-def _is_capturable(model: nn.Module) -> bool:
-    """Whether a step always runs the same kernels: an adapter, say, can be switched off between two calls."""
-    return not any(
-        type(module).__module__.partition(".")[0] not in ("torch", "transformers", "flashcore_ops") or is_hooked(module)
-        for module in model.modules()
-    )
-
-
 def _padding(inputs: dict[str, Any]) -> Tensor | None:
     """First slot `[B]` of each row's tokens, or None for inputs that the captured step does not take."""
     mask: Any = inputs.get("attention_mask")
     masks = list(mask.values()) if isinstance(mask, dict) else [mask]
-    has_others = any(value is not None for name, value in inputs.items() if name not in _PASSED_ON)
+    has_others = any(value is not None for name, value in inputs.items() if name not in _SERVED_INPUTS)
     is_served = (
         not has_others
         and inputs.get("input_ids") is not None

@@ -98,7 +98,7 @@ def create_fcore_mask(
     # The sum is a new tensor: a static cache's q_offset is its live counter.
     end = q_offset + q_length - kv_offset
     if not is_traced:
-        _check_capacity(end, kv_length)
+        _check_capacity(end, q_length, kv_length)
     fills_slots = not isinstance(end, Tensor) and end == kv_length
     if attention_mask is None:
         return None if fills_slots else _pack(torch.zeros(batch_size, dtype=torch.int64, device=device), end)
@@ -158,8 +158,9 @@ def _assert_same_mask(
     torch._assert_async(is_same, f"flashcore: {NOT_CAUSAL}. {_FIX}")
 
 
-def _check_capacity(end: int | Tensor, kv_length: int) -> None:
-    if isinstance(end, Tensor) and _reading_waits(end):
+def _check_capacity(end: int | Tensor, q_length: int, kv_length: int) -> None:
+    # A prefill can afford to wait for the length, a decode step cannot.
+    if q_length == 1 and isinstance(end, Tensor) and _reading_waits(end):
         return
     if int(end) > kv_length:
         raise CapacityError.explain(

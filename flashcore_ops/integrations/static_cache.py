@@ -25,6 +25,8 @@ class SharedLengthLayer(StaticLayer):
         self.cumulative_length = length
         self.is_last = is_last
         self.dtype, self.device = keys.dtype, keys.device
+        self.batch_size, self.num_heads, _, self.k_head_dim = keys.shape
+        self.v_head_dim = values.shape[-1]
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

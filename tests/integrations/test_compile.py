@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ from flashcore_ops.errors import OptionError
 from flashcore_ops.integrations.transformers import replace_llama_attention_with_flashcore as patch
 from flashcore_ops.integrations.transformers import restore_attention
 from tests.integrations.models import make_batch, make_model, static_cache
+from tests.integrations.recorder import Recorder
 from tests.snapshots import assert_expected_inline
 
 HOLES = torch.tensor([[1, 1, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]])
@@ -22,21 +22,6 @@ HOLES = torch.tensor([[1, 1, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]])
 @pytest.fixture(autouse=True)
 def _fresh_dynamo() -> None:
     torch._dynamo.reset()
-
-
-class Recorder:
-    """A backend that runs graphs as they are, and counts the calls of ops in them by name."""
-
-    def __init__(self) -> None:
-        self.graphs: list[Counter[str]] = []
-
-    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
-        calls = [node.target for node in graph.graph.nodes if node.op == "call_function"]
-        self.graphs.append(Counter(str(target) for target in calls))
-        return graph.forward
-
-    def count(self, name: str) -> int:
-        return sum(number for ops in self.graphs for op, number in ops.items() if name in op)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
