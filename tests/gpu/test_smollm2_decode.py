@@ -79,7 +79,7 @@ def teach(model: Any, ids: Tensor, tokens: Tensor) -> Tensor:
 def test_half_precision_stays_within_the_noise_of_sdpa(
     real_model: Path, dtype: torch.dtype, record_property: Any
 ) -> None:
-    """Fed with sdpa's tokens: at most twice its error, and another choice only where its two best are that close."""
+    """Fed with sdpa's own tokens: at most twice its error, another choice only where its two best are that close."""
     model, ids = load(real_model, dtype)
     tokens = torch.tensor(write(model, ids), device="cuda")
     text = torch.cat((ids, tokens), dim=1)

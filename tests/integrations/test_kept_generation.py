@@ -197,13 +197,14 @@ class Nested(LogitsProcessor):
         return scores
 
 
-def test_a_generation_inside_another_does_not_disturb_it() -> None:
+def test_a_generation_inside_another_does_not_disturb_it(ledger: Ledger) -> None:
     model, batch = make_model(), make_batch("left-padded")
     expected = tokens_of(model, batch)
     patch(model)
     nested = Nested(model, batch)
     assert tokens_of(model, batch, logits_processor=LogitsProcessorList([nested])) == expected
     assert nested.results == [[row[:5] for row in expected]] * 3
+    assert ledger.shapes == [(3, 256)]
 
 
 def test_a_generation_inside_a_stream_does_not_disturb_it() -> None:
