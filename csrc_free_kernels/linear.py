@@ -253,8 +253,8 @@ def linear(
     first, second, third = (*weights, weights[0], weights[0])[:3]
     sizes = [weight.shape[0] for weight in (weights[:1] if is_gated else weights)]
     width = tiles.block_n // 2 if is_gated else tiles.block_n
+    num_weight_rows = output.shape[1] * (2 if is_gated else 1)
     # A row kernel holds the first block of each weight row in registers by then.
-    num_weight_rows = sum(weight.shape[0] for weight in weights)
     num_ahead = depth - tiles.block_k if is_one_at_a_time else depth
     num_tiles = sum(ceil_div(size, width) for size in sizes)
     arguments = {

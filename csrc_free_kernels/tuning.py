@@ -94,6 +94,7 @@ def num_multiprocessors(device: torch.device) -> int:
     return _device_facts(device)[1]
 
 
+@functools.cache
 def supports_dependent_launch(arch: str) -> bool:
     """Whether kernels may overlap by programmatic dependent launch.
 
@@ -115,6 +116,7 @@ def prefill_tiles(arch: str, dtype: torch.dtype, head_dim: int) -> Tiles:
     return table[_table_key(dtype, head_dim)]
 
 
+@functools.cache
 def decode_tiles(arch: str, dtype: torch.dtype, head_dim: int, num_rows: int) -> Tiles:
     """Tiles of the split-KV decode kernel for num_rows = group * query_len packed rows.
 
@@ -128,6 +130,7 @@ def decode_tiles(arch: str, dtype: torch.dtype, head_dim: int, num_rows: int) ->
     return replace(largest, block_m=rows)
 
 
+@functools.cache
 def rope_decode_tiles(arch: str, dtype: torch.dtype, head_dim: int, group: int) -> Tiles:
     """Tiles of the rotating decode kernel, for one token of `group` heads a KV head.
 
@@ -146,6 +149,7 @@ def is_one_row_at_a_time(num_rows: int, dtype: torch.dtype) -> bool:
     return num_rows == 1 or dtype == torch.float32
 
 
+@functools.cache
 def linear_tiles(
     arch: str, dtype: torch.dtype, num_rows: int, num_columns: int, depth: int, num_multiprocessors: int
 ) -> LinearTiles:

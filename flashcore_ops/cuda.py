@@ -168,7 +168,7 @@ def linear(
                 arch,
                 rows.dtype,
                 num_rows=rows.shape[0],
-                num_columns=sum(weight.shape[0] for weight in weights),
+                num_columns=output.shape[-1] * (2 if is_gated else 1),
                 depth=rows.shape[1],
                 num_multiprocessors=tuning.num_multiprocessors(input.device),
             ),
