@@ -1,0 +1,72 @@
+"""bench.tune's search, on a GPU that need not be there."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from bench import tune
+from csrc_free_kernels import tuning
+from csrc_free_kernels.tuning import LinearTiles, Tiles
+
+
+def shipped(batch: int) -> tune.Choice:
+    choice: tune.Choice = {
+        kind: tuning.linear_tiles(
+            "sm_90", torch.bfloat16, num_rows=batch, num_columns=columns, depth=depth, num_multiprocessors=132
+        )
+        for kind, (columns, depth) in tune.LINEAR_KINDS.items()
+    }
+    return choice | {"attention": tune.Attention(Tiles(16, 64, 4, 2), num_splits=33)}
+
+
+def test_a_candidate_that_cannot_run_is_never_the_best():
+    times = {"slow": 2.0, "fails": math.inf, "fast": 1.0}
+    ((_, ranked),) = tune.descend({"one": ["slow", "fails", "fast"]}, lambda choice: times[choice["one"]])
+    assert [name for _, name in ranked] == ["fast", "slow", "fails"]
+
+
+@pytest.mark.parametrize("batch", [1, 8, 32])
+def test_candidates_start_with_what_is_shipped(batch):
+    choice = shipped(batch)
+    tried = tune.candidates(choice, batch)
+    assert {kind: choices[0] for kind, choices in tried.items()} == choice
+    for choices in tried.values():
+        assert len(choices) == len(set(choices)) > 1
+    for kind in tune.LINEAR_KINDS:
+        assert all(isinstance(tiles, LinearTiles) and tiles.block_m >= min(batch, 16) for tiles in tried[kind])
+
+
+def test_launches_take_the_chosen_tiles():
+    choice = shipped(1)
+    other = LinearTiles(1, 2, 2048, 2, 1)
+    with tune.tuned(choice | {"down": other}):
+        for kind, (columns, depth) in tune.LINEAR_KINDS.items():
+            tiles = tuning.linear_tiles(
+                "sm_90", torch.bfloat16, num_rows=1, num_columns=columns, depth=depth, num_multiprocessors=132
+            )
+            assert tiles == (other if kind == "down" else choice[kind])
+        assert tuning.choose_num_splits(8, 2112, 132) == 33
+    assert tuning.choose_num_splits(1, 64, 132) == 1
+
+
+def test_no_gpu_is_one_plain_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    app = tune.typer.Typer()
+    app.command()(tune.main)
+    result = CliRunner().invoke(app, [])
+    assert result.exit_code == 2
+    assert result.output.strip() == "error: bench.tune needs a CUDA GPU, and torch sees none."
+
+
+@pytest.mark.gpu
+def test_one_kind_on_the_gpu(monkeypatch):
+    monkeypatch.setattr(tune, "NUM_LAYERS", 2)
+    app = tune.typer.Typer()
+    app.command()(tune.main)
+    result = CliRunner().invoke(app, ["--kinds", "output", "--length", "256", "--repeats", "2"])
+    assert result.exit_code == 0, result.output
+    assert "(shipped)" in result.output
