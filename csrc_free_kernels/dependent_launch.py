@@ -1,9 +1,8 @@
 """Programmatic dependent launch: a kernel starts while the one before it ends (Hopper and later).
 
-A kernel launched so runs up to `wait` beside others that were launched so before it, and must until then neither write
-nor read what one of these writes. Ordinary kernels have all ended by then: they let nothing start early, and so the
-first dependent kernel behind them waits for them. Weights may thus be read ahead; activations and caches may not.
-Prefetching into L2 is always safe: it fetches no value.
+A kernel launched so runs up to `wait` beside others before it, ours or any that let their dependents start early, and
+must until then neither write nor read what one of these may write: activations, caches, and every tensor that a caller
+has not declared constant. Prefetching into L2 is always safe: it fetches no value.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.target_info import is_hip
 
 from csrc_free_kernels import dependent_launch, softmax
 from csrc_free_kernels.tuning import LinearTiles, ceil_div, is_one_row_at_a_time
@@ -32,8 +33,14 @@ def _weight_rows(
     num_rows = N1
     first_column = 0
     if IS_GATED:
-        # One base for both, since the AMD compiler knows no tile of pointers with two.
-        p_weight = p_first + (o_row % 2).to(tl.int64) * p_second
+        # One base for both, since the AMD compiler knows no tile of pointers with two; and that base an integer there,
+        # since from a pointer it takes offsets to stay within 2 GB. Elsewhere an integer would lose its alignment.
+        distance = (o_row % 2).to(tl.int64) * p_second
+        if is_hip():
+            WIDTH_BYTES: tl.constexpr = p_first.dtype.element_ty.primitive_bitwidth // 8
+            p_weight = (p_first.to(tl.int64) + distance * WIDTH_BYTES).to(p_first.dtype)
+        else:
+            p_weight = p_first + distance
         o_row = o_row // 2
     elif N2 is not None:
         tiles_first = tl.cdiv(N1, WIDTH)
@@ -90,7 +97,7 @@ def _gate(b_pairs):
     return b_gate / (1.0 + tl.exp(-b_gate)) * b_up
 
 
-@triton.jit(do_not_specialize=["N1", "N2", "N3"])
+@triton.jit(do_not_specialize=["N1", "N2", "N3"], do_not_specialize_on_alignment=["M"])
 def _row_kernel(
     p_input,
     p_norm,
@@ -111,6 +118,7 @@ def _row_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     IS_GATED: tl.constexpr,
+    HAS_CONSTANT_WEIGHTS: tl.constexpr,
     NUM_LINES: tl.constexpr,
     IS_DEPENDENT: tl.constexpr,
 ):
@@ -124,11 +132,17 @@ def _row_kernel(
     o_k = tl.arange(0, BLOCK_K)
     p_x = p_input + i_m * stride_input + o_k
     p_w = p_rows[:, None] + o_k[None, :]
-    # The first weights are on their way to the registers, the next to the L2, while the kernel ahead still runs.
-    b_w = _load(p_w, (o_k < K)[None, :], K < BLOCK_K)
-    if IS_DEPENDENT and K > BLOCK_K:
-        _prefetch_rows(p_rows + BLOCK_K, NUM_LINES)
+    # While the kernel ahead still runs, the first weights come to the registers, or at least to the L2, and the next to
+    # the L2.
+    if HAS_CONSTANT_WEIGHTS:
+        b_w = _load(p_w, (o_k < K)[None, :], K < BLOCK_K)
+        if IS_DEPENDENT and K > BLOCK_K:
+            _prefetch_rows(p_rows + BLOCK_K, NUM_LINES)
+    elif IS_DEPENDENT:
+        _prefetch_rows(p_rows, NUM_LINES)
     dependent_launch.wait(IS_DEPENDENT)
+    if not HAS_CONSTANT_WEIGHTS:
+        b_w = _load(p_w, (o_k < K)[None, :], K < BLOCK_K)
 
     b_residual = 0.0
     if p_residual is not None:
@@ -239,11 +253,13 @@ def linear(
     eps: float,
     residual: torch.Tensor | None,
     is_gated: bool,
+    has_constant_weights: bool,
     tiles: LinearTiles,
     is_dependent: bool,
 ) -> None:
     """Writes the products of rows `[M, K]` with up to three weights `[N_i, K]` side by side into output `[M, N]`.
 
+    Constant weights are those that no kernel launched shortly before may write: they may be read before it has ended.
     output is contiguous; residual `[M, N]` has contiguous rows; M, K and every N_i are above 0.
     """
     num_rows, depth = rows.shape
@@ -254,8 +270,8 @@ def linear(
     sizes = [weight.shape[0] for weight in (weights[:1] if is_gated else weights)]
     width = tiles.block_n // 2 if is_gated else tiles.block_n
     num_weight_rows = output.shape[1] * (2 if is_gated else 1)
-    # A row kernel holds the first block of each weight row in registers by then.
-    num_ahead = depth - tiles.block_k if is_one_at_a_time else depth
+    # A row kernel holds the first block of constant weights in registers by then.
+    num_ahead = depth - tiles.block_k if is_one_at_a_time and has_constant_weights else depth
     num_tiles = sum(ceil_div(size, width) for size in sizes)
     arguments = {
         "p_input": rows,
@@ -282,7 +298,9 @@ def linear(
         **dependent_launch.launch_options(is_dependent),
     }
     if is_one_at_a_time:
-        _row_kernel[(num_tiles * num_rows,)](p_norm=norm_weight, eps=eps, **arguments)
+        _row_kernel[(num_tiles * num_rows,)](
+            p_norm=norm_weight, eps=eps, HAS_CONSTANT_WEIGHTS=has_constant_weights, **arguments
+        )
     else:
         _tile_kernel[(num_tiles, ceil_div(num_rows, tiles.block_m))](
             BLOCK_M=tiles.block_m, DOT_DTYPE=softmax.dot_dtype(rows.dtype), **arguments

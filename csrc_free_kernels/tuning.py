@@ -22,8 +22,9 @@ class Tiles:
 class LinearTiles:
     """How a linear kernel is cut: rows of the input, rows of weights and depth a tile, warps, loads in flight.
 
-    prefetched_bytes: of the weights, what all programs together ask for while the kernel ahead still runs. Enough to
-    keep the memory busy between two kernels; more delays what the kernel ahead still has to load.
+    prefetched_bytes: of the weights, about what all programs together may ask the L2 for while the kernel ahead still
+    runs; at the least a line of 128 bytes for each row of weights. Enough to keep the memory busy between two
+    kernels; more delays what the kernel ahead still has to load.
     """
 
     block_m: int

@@ -152,6 +152,7 @@ def linear(
     eps: float,
     residual: Tensor | None,
     is_gated: bool,
+    has_constant_weights: bool,
     output: Tensor,
 ) -> None:
     """Writes the products of `[..., K]` rows with each weight, side by side, into output `[..., N]`."""

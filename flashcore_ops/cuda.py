@@ -102,6 +102,9 @@ def rope_append_attention(
     if batch == 0:
         return
     num_kv_heads, kv_len = key_cache.shape[1], key_cache.shape[2]
+    if kv_len == 0:
+        output.fill_(torch.nan)
+        return
     arch = tuning.architecture(query.device)
     group = num_query_heads // num_kv_heads
     tiles = tuning.rope_decode_tiles(arch, query.dtype, max(head_dim, value_cache.shape[3]), group=group)
@@ -119,7 +122,7 @@ def rope_append_attention(
             kv_range=kv_range,
             sinks=None if sinks is None else sinks.contiguous(),
             scale=scale,
-            window=min(window, max(kv_len, 1)),
+            window=min(window, kv_len),
             softcap=softcap,
             num_splits=_effective_num_splits(num_splits, num_programs, kv_len, query.device),
             tiles=tiles,
@@ -148,6 +151,7 @@ def linear(
     eps: float,
     residual: Tensor | None,
     is_gated: bool,
+    has_constant_weights: bool,
     output: Tensor,
 ) -> None:
     """Writes the products of `[..., K]` rows with each weight, side by side, into output `[..., N]`."""
@@ -162,8 +166,9 @@ def linear(
             output.view(-1, output.shape[-1]),
             norm_weight=norm_weight,
             eps=eps,
-            residual=None if residual is None else residual.view(-1, output.shape[-1]),
+            residual=None if residual is None else residual.reshape(-1, output.shape[-1]).contiguous(),
             is_gated=is_gated,
+            has_constant_weights=has_constant_weights,
             tiles=tuning.linear_tiles(
                 arch,
                 rows.dtype,

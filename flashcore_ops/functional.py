@@ -206,6 +206,7 @@ def linear(
     eps: float = 1e-6,
     residual: Tensor | None = None,
     is_gated: bool = False,
+    has_constant_weights: bool = False,
 ) -> Tensor:
     """Linear layers over one input in one launch, with the norm before and the gate or sum behind them.
 
@@ -217,8 +218,10 @@ def linear(
         weights: one to three contiguous `[N_i, K]`, as in nn.Linear; their products stand side by side.
         norm_weight: `[K]`, the weight of an RMSNorm that comes first; None for none.
         eps: of that norm.
-        residual: contiguous, of the result's shape; added last.
+        residual: of the result's shape; added last.
         is_gated: SwiGLU, `silu(input @ weights[0].T) * (input @ weights[1].T)`, for two weights of one shape.
+        has_constant_weights: a promise that no GPU work queued right before this call writes the weights, as with a
+            model's parameters. They may then be fetched while that work still runs.
 
     Returns:
         `[..., sum N_i]`, or `[..., N]` if gated, contiguous.
@@ -232,5 +235,7 @@ def linear(
         >>> linear(x, [gate, up], norm_weight=torch.ones(8), is_gated=True).shape
         torch.Size([2, 1, 4])
     """
-    output: Tensor = torch.ops.flashcore.linear(input, weights, norm_weight, eps, residual, is_gated)
+    output: Tensor = torch.ops.flashcore.linear(
+        input, weights, norm_weight, eps, residual, is_gated, has_constant_weights
+    )
     return output

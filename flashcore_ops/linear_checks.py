@@ -40,7 +40,7 @@ def check_linear(
         _check_like(input, norm_weight, "norm_weight", shape=(input.shape[-1],))
     if residual is not None:
         width = weights[0].shape[0] if is_gated else sum(weight.shape[0] for weight in weights)
-        _check_like(input, residual, "residual", shape=(*input.shape[:-1], width))
+        _check_like(input, residual, "residual", shape=(*input.shape[:-1], width), is_contiguous=False)
     if not (math.isfinite(eps) and eps >= 0):
         raise OptionError.explain("eps", expected="a finite number from 0", got=f"{eps}", fix="Pass the norm's own.")
 
@@ -71,7 +71,7 @@ def _check_weights(input: Tensor, weights: Sequence[Tensor], is_gated: bool) -> 
         )
 
 
-def _check_like(input: Tensor, tensor: Tensor, name: str, shape: tuple[int, ...]) -> None:
+def _check_like(input: Tensor, tensor: Tensor, name: str, shape: tuple[int, ...], is_contiguous: bool = True) -> None:
     if tensor.shape != shape:
         raise ShapeError.explain(
             name, expected=f"shape {list(shape)}", got=f"{list(tensor.shape)}", fix=f"Pass {name} as {list(shape)}."
@@ -90,7 +90,7 @@ def _check_like(input: Tensor, tensor: Tensor, name: str, shape: tuple[int, ...]
             got=f"{tensor.device}",
             fix="Move it with .to(input.device).",
         )
-    if not tensor.is_contiguous():
+    if is_contiguous and not tensor.is_contiguous():
         raise LayoutError.explain(
             name,
             expected="a contiguous tensor",

@@ -113,11 +113,12 @@ def _linear(kernel: Kernel) -> Callable[..., Tensor]:
         eps: float = 1e-6,
         residual: Tensor | None = None,
         is_gated: bool = False,
+        has_constant_weights: bool = False,
     ) -> Tensor:
         check_linear(input, weights, norm_weight, eps, residual, is_gated)
         width = weights[0].shape[0] if is_gated else sum(weight.shape[0] for weight in weights)
         output = input.new_empty((*input.shape[:-1], width))
-        kernel(input, weights, norm_weight, eps, residual, is_gated, output)
+        kernel(input, weights, norm_weight, eps, residual, is_gated, has_constant_weights, output)
         return output
 
     return linear
@@ -194,7 +195,7 @@ OPS = (
     (
         "linear",
         "(Tensor input, Tensor[] weights, Tensor? norm_weight=None, float eps=1e-06, Tensor? residual=None, "
-        "bool is_gated=False) -> Tensor",
+        "bool is_gated=False, bool has_constant_weights=False) -> Tensor",
         _linear,
         cpu.linear,
         _cuda_linear,

@@ -21,9 +21,13 @@ class LinearProblem:
     eps: float = 1e-6
     residual: Tensor | None = None
     is_gated: bool = False
+    has_constant_weights: bool = False
 
-    def arguments(self) -> tuple[Tensor, list[Tensor], Tensor | None, float, Tensor | None, bool]:
-        return self.input, self.weights, self.norm_weight, self.eps, self.residual, self.is_gated
+    def arguments(self) -> tuple[object, ...]:
+        return (
+            *(self.input, self.weights, self.norm_weight, self.eps, self.residual),
+            *(self.is_gated, self.has_constant_weights),
+        )
 
     def in_float64(self) -> LinearProblem:
         return replace(
@@ -87,13 +91,19 @@ def make_linear(
 
 def assert_linear_as_accurate_as_pytorch(output: Tensor, problem: LinearProblem) -> None:
     """At most twice the error of plain PyTorch in the inputs' dtype, plus the rounding of the output; never NaN."""
-    exact = reference.linear(*problem.in_float64().arguments())
-    plain = [reference.linear(*problem.arguments())]
+    exact = _by_reference(problem.in_float64())
+    plain = [_by_reference(problem)]
     assert output.shape == exact.shape
     assert output.is_contiguous()
     over = over_the_bar("output", output, plain, exact, problem.input.dtype)
     if over:
         # As with attention: on a few numbers one order of summation can come out exact by luck.
-        plain += [reference.linear(*problem.with_depth_shuffled().arguments()) for _ in range(7)]
+        plain += [_by_reference(problem.with_depth_shuffled()) for _ in range(7)]
         over = over_the_bar("output", output, plain, exact, problem.input.dtype)
     assert not over, over
+
+
+def _by_reference(problem: LinearProblem) -> Tensor:
+    return reference.linear(
+        problem.input, problem.weights, problem.norm_weight, problem.eps, problem.residual, problem.is_gated
+    )

@@ -103,8 +103,33 @@ def test_layouts_of_the_input(device, dtype, batch, layout):
         rows = torch.randn(depth, batch, 3, dtype=dtype, device=device).permute(1, 2, 0)
     else:
         rows = torch.randn(1, 1, depth, dtype=dtype, device=device).expand(batch, 3, depth)
-    problem = make_linear(tuple(rows.shape), dtype=dtype, device=device, has_norm=True, has_residual=True)
-    check(replace(problem, input=rows))
+    problem = make_linear(tuple(rows.shape), sizes=(depth,), dtype=dtype, device=device, has_norm=True)
+    # A model passes one tensor as both.
+    check(replace(problem, input=rows, residual=rows))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_rows", [1, 8])
+@pytest.mark.parametrize("sizes", [(40, 40), (4096, 4096)], ids=str)
+def test_constant_weights_change_nothing(device, dtype, num_rows, sizes):
+    problem = make_linear((num_rows, 4160), sizes=sizes, dtype=dtype, device=device, has_norm=True, is_gated=True)
+    promised = replace(problem, has_constant_weights=True)
+    assert torch.equal(linear(*promised.arguments()), linear(*problem.arguments()))
+
+
+@pytest.mark.gpu
+def test_weights_that_the_kernel_ahead_writes():
+    """Without the promise, no weight is read before the work that was queued ahead has ended."""
+    x = torch.randn(2048, 2048, dtype=torch.bfloat16, device="cuda")
+    weight, row = torch.randn_like(x), torch.randn(1, 2048, dtype=torch.bfloat16, device="cuda")
+    for _ in range(100):
+        made = linear(x, [weight])
+        output = linear(row, [made])
+        torch.cuda.synchronize()
+        assert torch.equal(output, linear(row, [made]))
+        # The next one is made in this memory.
+        made.fill_(torch.nan)
+        del made
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -50,7 +50,8 @@ flashcore::linear(Tensor input,
   Tensor? norm_weight=None,
   float eps=9.9999999999999995e-07,
   Tensor? residual=None,
-  bool is_gated=False) -> Tensor
+  bool is_gated=False,
+  bool has_constant_weights=False) -> Tensor
 flashcore::rope_append_attention(Tensor query,
   Tensor key,
   Tensor value,

@@ -97,7 +97,7 @@ class FlashCoreLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         is_decode = input.dim() == 3 and input.shape[1] == 1 and input.shape[0] <= MAX_DECODE_ROWS
         if is_decode and _is_fusable(input, self):
-            return torch.ops.flashcore.linear(input, [self.weight])
+            return _linear(input, [self.weight])
         return super().forward(input)
 
 
@@ -137,7 +137,7 @@ def _project(attention: Any, norm: Any, hidden_states: Tensor) -> tuple[Tensor, 
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
     if _is_fusable(hidden_states, *projections) and _is_bypassable(norm, *_NORMS):
         weights = [projection.weight for projection in projections]
-        joint = torch.ops.flashcore.linear(hidden_states, weights, norm.weight, norm.variance_epsilon)
+        joint = _linear(hidden_states, weights, norm=norm)
         parts = joint.split([weight.shape[0] for weight in weights], dim=-1)
     else:
         normed = norm(hidden_states)
@@ -203,8 +203,7 @@ def _static_layer(past_key_values: Any, index: int) -> SharedLengthLayer | None:
 
 def _add_product(projection: Any, input: Tensor, residual: Tensor) -> Tensor:
     if _is_fusable(input, projection):
-        output: Tensor = torch.ops.flashcore.linear(input, [projection.weight], None, 0.0, residual)
-        return output
+        return _linear(input, [projection.weight], residual=residual)
     return residual + projection(input)
 
 
@@ -217,8 +216,17 @@ def _add_mlp(mlp: Any, norm: Any, residual: Tensor) -> Tensor:
     if not (is_standard and _is_fusable(residual, mlp.gate_proj, mlp.up_proj)):
         return residual + mlp(norm(residual))
     weights = [mlp.gate_proj.weight, mlp.up_proj.weight]
-    gated = torch.ops.flashcore.linear(residual, weights, norm.weight, norm.variance_epsilon, None, True)
+    gated = _linear(residual, weights, norm=norm, is_gated=True)
     return _add_product(mlp.down_proj, gated, residual)
+
+
+def _linear(
+    input: Tensor, weights: list[Tensor], norm: Any = None, residual: Tensor | None = None, is_gated: bool = False
+) -> Tensor:
+    """The linear op on a model's parameters, which nothing writes in the midst of a step."""
+    norm_weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.variance_epsilon)
+    output: Tensor = torch.ops.flashcore.linear(input, weights, norm_weight, eps, residual, is_gated, True)
+    return output
 
 
 def _is_fusable(input: Tensor, *linears: Any) -> bool:

@@ -57,8 +57,9 @@ def launch_linear(problem: LinearProblem, tiles: LinearTiles | None = None) -> T
         eps=problem.eps,
         residual=problem.residual,
         is_gated=is_gated,
+        has_constant_weights=problem.has_constant_weights,
         tiles=tiles,
-        is_dependent=False,
+        is_dependent=is_dependent(problem.input.device),
     )
     return output
 
