@@ -57,8 +57,8 @@ class Sampling:
         if self.temperature == 0:
             return greedy(logits)[:, 0]
         logits = logits.float()
-        # From the largest down, so that no temperature makes it infinite.
-        logits = (logits - logits.amax(dim=-1, keepdim=True)) / self.temperature
+        # From the largest down, and by a number that float32 can divide by, so that no temperature makes it NaN.
+        logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(self.temperature, 1e-30)
         if 0 < self.top_k < logits.shape[-1]:
             least = logits.topk(self.top_k).values[:, -1:]
             logits = logits.masked_fill(logits < least, -torch.inf)
@@ -88,7 +88,8 @@ def stream_tokens(
 
     While the host reads one token the device works on the next, so streaming costs no time on the device. On a GPU the
     step is a kept CUDA graph (see `warmup` and `free_kept_caches`). Once the first token is asked for, other threads'
-    calls with the same model wait until the iterator is exhausted or closed. Any thread may take the next token.
+    calls with the same model wait until the iterator is exhausted or closed. Any thread may take the next token; one
+    that has taken an iterator over must end it before it generates anything else with the model.
 
     Args:
         model: a patched causal language model.
@@ -119,13 +120,14 @@ def stream_tokens(
     """
     check_is_patched(model)
     _check_arguments(input_ids, attention_mask, max_new_tokens, steps_per_read)
+    stops = torch.tensor(sorted(stop_tokens), dtype=torch.int64)
     return _stream(
         model,
         input_ids,
         attention_mask,
         max_new_tokens=max_new_tokens,
         sampling=sampling or Sampling(),
-        stop_tokens=stop_tokens,
+        stops=stops,
         generator=generator,
         steps_per_read=steps_per_read,
     )
@@ -138,7 +140,7 @@ def _stream(
     *,
     max_new_tokens: int,
     sampling: Sampling,
-    stop_tokens: Collection[int],
+    stops: Tensor,
     generator: torch.Generator | None,
     steps_per_read: int,
 ) -> Iterator[Tensor]:
@@ -147,7 +149,6 @@ def _stream(
     with steps.turn():
         step = steps.get(model, batch_size, capacity_for(prompt_len + max_new_tokens))
         _prefill(model, step, input_ids, attention_mask, sampling=sampling, generator=generator)
-        stops = torch.tensor(sorted(stop_tokens), dtype=torch.int64)
         has_ended = torch.zeros(batch_size, dtype=torch.bool)
         previous = torch.zeros(batch_size, dtype=torch.int64)
         for tokens in _read_ahead(step, max_new_tokens, steps_per_read, sampling=sampling, generator=generator):

@@ -45,7 +45,7 @@ class KeptSteps:
         self._model_state: tuple[Any, ...] = ()
         self._lock = threading.Lock()
         self._holder: int | None = None
-        self.is_taken = False
+        self.taken: DecodeStep | None = None
 
     @contextmanager
     def turn(self) -> Iterator[None]:
@@ -56,11 +56,11 @@ class KeptSteps:
             return
         # Not a reentrant lock, since an iterator's turn may end in another thread than it began in.
         with self._lock:
-            self._holder, self.is_taken = thread, False
+            self._holder = thread
             try:
                 yield
             finally:
-                self._holder = None
+                self._holder = self.taken = None
 
     def get(self, model: Any, batch_size: int, capacity: int) -> DecodeStep:
         """The emptied step of a shape, made if it is not kept. The caller holds the turn.
@@ -68,22 +68,17 @@ class KeptSteps:
         A turn takes one: whoever decodes in the midst of it gets a step of their own, which is not kept.
         """
         shape = (batch_size, capacity)
-        if self.is_taken:
+        if self.taken is not None:
             return self._make(model, shape)
-        self.is_taken = True
         self._drop_if_model_changed(model)
         if shape not in self._steps:
             while len(self._steps) >= MAX_KEPT:
                 self._steps.popitem(last=False)
             self._steps[shape] = self._make(model, shape)
         self._steps.move_to_end(shape)
-        step = self._steps[shape]
-        step.cache.reset()
-        return step
-
-    def of(self, cache: Any) -> DecodeStep | None:
-        """The step whose cache this is, if it is kept."""
-        return next((step for step in self._steps.values() if step.cache is cache), None)
+        self.taken = self._steps[shape]
+        self.taken.cache.reset()
+        return self.taken
 
     def release(self, cache: Any) -> None:
         """Forgets the step of a cache that someone else has got hold of."""
@@ -104,17 +99,30 @@ class KeptSteps:
         except torch.OutOfMemoryError:
             if not self._steps:
                 raise
+        # What the turn has taken stays alive with it.
         self._steps.clear()
         torch.cuda.empty_cache()
         return make_decode_step(model, make_static_cache(model, *shape))
 
     def _drop_if_model_changed(self, model: nn.Module) -> None:
-        """A graph reads weights by address: a model that was cast, moved, adapted or hooked since needs new ones."""
-        tensors = (*model.parameters(), *model.buffers())
-        state = (is_capturable(model), model.training, *((tensor.data_ptr(), tensor.dtype) for tensor in tensors))
+        """Graphs read weights by address and hold all numbers: a model that has changed since needs new ones."""
+        state = _state_of(model)
         if state != self._model_state:
             self._steps.clear()
             self._model_state = state
+
+
+def _state_of(model: nn.Module) -> tuple[Any, ...]:
+    """What a captured step depends on: modules and their numbers, the configs' numbers, weights and where they are."""
+    modules = [(type(module), _numbers_of(vars(module))) for module in model.modules()]
+    configs = [_numbers_of(vars(module.config)) for module in model.modules() if hasattr(module, "config")]
+    tensors = (*model.parameters(), *model.buffers())
+    weights = [(tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors]
+    return is_capturable(model), modules, configs, weights
+
+
+def _numbers_of(attributes: dict[str, Any]) -> list[tuple[str, Any]]:
+    return [(name, value) for name, value in attributes.items() if isinstance(value, int | float | str)]
 
 
 _kept: weakref.WeakKeyDictionary[Any, KeptSteps] = weakref.WeakKeyDictionary()

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from transformers.activations import SiLUActivation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
@@ -197,7 +198,7 @@ def _attend(
 
 
 def _static_layer(past_key_values: Any, index: int) -> SharedLengthLayer | None:
-    layers = [] if past_key_values is None else past_key_values.layers
+    layers = getattr(past_key_values, "layers", ())
     return layers[index] if index < len(layers) and isinstance(layers[index], SharedLengthLayer) else None
 
 
@@ -234,7 +235,8 @@ def _is_fusable(input: Tensor, *linears: Any) -> bool:
     for linear in linears:
         if not _is_bypassable(linear, nn.Linear, FlashCoreLinear) or linear.bias is not None:
             return False
-        if not supports_linear(linear.weight, dtype=input.dtype):
+        # Tensor subclasses, quantized or sharded ones say, bring their own matrix product.
+        if type(linear.weight) not in (Tensor, nn.Parameter) or not supports_linear(linear.weight, dtype=input.dtype):
             return False
     return not (torch.is_autocast_enabled(input.device.type) or _needs_gradient(input, *linears))
 
@@ -251,12 +253,12 @@ def _is_bypassable(module: Any, *types: type[nn.Module]) -> bool:
 def is_hooked(module: nn.Module) -> bool:
     """Whether someone has put something of their own around one module's call."""
     own = module.__dict__
-    if not own["_forward_hooks"] and not own["_forward_pre_hooks"] and "forward" not in own:
-        return False
+    if own["_forward_pre_hooks"] or "forward" in own or own.get("_compiled_call_impl") is not None:
+        return True
+    if _global_forward_hooks or _global_forward_pre_hooks:
+        return True
     # transformers leaves its recorders in place after a call that asked for attention weights or hidden states.
-    hooks = own["_forward_hooks"].values()
-    is_recorded_only = all(getattr(hook, "__name__", "") == "output_capturing_hook" for hook in hooks)
-    return "forward" in own or bool(own["_forward_pre_hooks"]) or not is_recorded_only
+    return any(getattr(hook, "__name__", "") != "output_capturing_hook" for hook in own["_forward_hooks"].values())
 
 
 def is_capturable(model: nn.Module) -> bool:
@@ -268,4 +270,4 @@ def is_capturable(model: nn.Module) -> bool:
         or "dynamic" in (rope_type := str(getattr(module, "rope_type", "")))
         or rope_type == "longrope"
         for module in model.modules()
-    )
+    ) and all(type(weight) in (Tensor, nn.Parameter) for weight in model.parameters())

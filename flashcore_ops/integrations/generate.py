@@ -7,7 +7,10 @@ generation, caches of the user's own and saved files stay Hugging Face's.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -17,6 +20,7 @@ from transformers.generation import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
+from flashcore_ops.decode_step import DecodeStep
 from flashcore_ops.integrations.decoder_layer import is_capturable
 from flashcore_ops.integrations.transformers import is_patched
 from flashcore_ops.kept_steps import capacity_for, kept_steps
@@ -33,17 +37,26 @@ _SERVED_INPUTS = {
 }
 
 
+# The turn of the innermost `generate` of this thread, or of this asynchronous task.
+_turn: ContextVar[ExitStack | None] = ContextVar("flashcore_turn", default=None)
+_warned: set[str] = set()
+
+
 class KeptGeneration:
     """What patching puts before a model's class in the order of resolution."""
 
+    @functools.wraps(GenerationMixin.generate)
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As the parent's; calls from several threads take turns. One inside another keeps no cache."""
-        steps = kept_steps(self)
-        with steps.turn():
-            result = super().generate(*args, **kwargs)  # type: ignore[misc]
+        parent: Any = super()
+        with ExitStack() as turn:
+            token = _turn.set(turn)
+            try:
+                result = parent.generate(*args, **kwargs)
+            finally:
+                _turn.reset(token)
             if isinstance(result, ModelOutput):
                 # The caller may go on with this cache, so it is never used again here.
-                steps.release(result.get("past_key_values"))
+                kept_steps(self).release(result.get("past_key_values"))
         return result
 
     def _prepare_cache_for_generation(
@@ -54,23 +67,29 @@ class KeptGeneration:
         batch_size: int,
         max_cache_length: int,
     ) -> Any:
-        if not _keeps_cache(self, generation_config, model_kwargs, generation_mode):
-            parent: Any = super()
-            return parent._prepare_cache_for_generation(
-                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-            )
-        num_rows = batch_size * generation_config.num_return_sequences
-        step = kept_steps(self).get(self, num_rows, capacity_for(max_cache_length))
-        model_kwargs["past_key_values"] = step.cache
-        return None
+        parent: Any = super()
+        turn = _turn.get()
+        if turn is not None and _keeps_cache(self, generation_config, model_kwargs, generation_mode):
+            steps = kept_steps(self)
+            # Held until `generate` ends; other threads wait here.
+            turn.enter_context(steps.turn())
+            num_rows = batch_size * generation_config.num_return_sequences
+            if steps.taken is not None:
+                _warn_once("another generation with this model is under way in this thread, an open iterator perhaps")
+            elif step := _step_or_none(self, num_rows, capacity_for(max_cache_length + 1)):
+                model_kwargs["past_key_values"] = step.cache
+                return None
+        return parent._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
 
     def get_compiled_call(self, compile_config: Any) -> Callable[..., Any]:
-        """The captured step for a kept cache, the parent's compiled call for any other."""
+        """The captured step for the cache that this call has taken, the parent's compiled call for any other."""
         parent: Any = super()
+        step = kept_steps(self).taken
 
         def call(**inputs: Any) -> Any:
-            step = kept_steps(self).of(inputs.get("past_key_values"))
-            if step is None:
+            if step is None or inputs.get("past_key_values") is not step.cache:
                 return parent.get_compiled_call(compile_config)(**inputs)
             start = _padding(inputs)
             if start is None:
@@ -131,8 +150,26 @@ def _keeps_cache(model: Any, generation_config: Any, model_kwargs: dict[str, Any
         and is_patched(model)
         and is_capturable(model)
         and not torch.is_autocast_enabled(model.device.type)
-        and not kept_steps(model).is_taken
     )
+
+
+def _step_or_none(model: Any, num_rows: int, capacity: int) -> DecodeStep | None:
+    """The kept step, or None if there is no memory for a cache of the whole capacity."""
+    steps = kept_steps(model)
+    try:
+        return steps.get(model, num_rows, capacity)
+    except torch.OutOfMemoryError:
+        steps.clear()
+        torch.cuda.empty_cache()
+        _warn_once(f"no memory for a static cache of {num_rows} x {capacity} slots; a smaller max_length needs less")
+        return None
+
+
+def _warn_once(reason: str) -> None:
+    """Warns, once a process for each reason, that a generation is not captured."""
+    if reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(f"FlashCore: {reason}, so generate takes Hugging Face's slower way.", stacklevel=4)
 
 
 def _has_graphs(model: Any) -> bool:

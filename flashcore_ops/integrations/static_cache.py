@@ -13,17 +13,17 @@ from flashcore_ops.errors import CapacityError, DeviceError, OptionError
 
 
 class SharedLengthLayer(StaticLayer):
-    """One layer's slots. All layers count with one tensor, which the last of them moves on.
+    """One layer's slots. All layers count with one tensor, which the first of them moves on in each forward pass.
 
     A window layer keeps every token too: attention's own window hides the old ones, so nothing is rolled or counted on
     the host, and no graph is recorded anew.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, length: Tensor, is_last: bool) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, length: Tensor, is_first: bool) -> None:
         super().__init__(max_cache_len=keys.shape[2])
         self.keys, self.values = keys, values
         self.cumulative_length = length
-        self.is_last = is_last
+        self.is_first = is_first
         self.dtype, self.device = keys.dtype, keys.device
         self.batch_size, self.num_heads, _, self.k_head_dim = keys.shape
         self.v_head_dim = values.shape[-1]
@@ -33,19 +33,20 @@ class SharedLengthLayer(StaticLayer):
         """Appends `[B, Hkv, T, D]` keys and values and returns the whole buffers. Tokens past the end are dropped."""
         num_tokens = key_states.shape[2]
         check_capacity(num_tokens, self.max_cache_len)
-        positions = self.cumulative_length.expand(key_states.shape[0])
-        torch.ops.flashcore.append_kv_(self.keys, self.values, key_states, value_states, positions)
         self.advance(num_tokens)
+        positions = (self.cumulative_length - num_tokens).expand(key_states.shape[0])
+        torch.ops.flashcore.append_kv_(self.keys, self.values, key_states, value_states, positions)
         return self.keys, self.values
 
     def advance(self, num_tokens: int) -> None:
-        """Counts tokens that are in this layer; once they are in the last, they count for all."""
-        if self.is_last:
+        """Counts tokens that come into this layer. The first layer counts for all, since no model leaves it out."""
+        if self.is_first:
             self.cumulative_length.add_(num_tokens)
 
     def reset(self) -> None:
         """Forgets all tokens. What stands in the slots is never read."""
-        self.cumulative_length.zero_()
+        if self.is_first:
+            self.cumulative_length.zero_()
 
 
 def check_capacity(num_tokens: int, max_cache_len: int) -> None:
@@ -109,7 +110,7 @@ def make_static_cache(model: PreTrainedModel, batch_size: int, max_cache_len: in
             SharedLengthLayer(
                 *_allocate_slots(config, batch_size, max_cache_len, dtype=dtype, device=device),
                 length=length,
-                is_last=index == config.num_hidden_layers - 1,
+                is_first=index == 0,
             )
             for index in range(config.num_hidden_layers)
         ]

@@ -71,7 +71,8 @@ def replace_llama_attention_with_flashcore(model: Model) -> Model:
 def restore_attention(model: Model) -> Model:
     """Undoes `replace_llama_attention_with_flashcore`: each module gets back the very config that it had.
 
-    Settings that were changed on `model.config` in between belong to the private copy and go with it.
+    Settings that were changed on `model.config` in between belong to the private copy and go with it. Waits for
+    generations on kept caches that are under way in other threads, open iterators of `stream_tokens` among them.
 
     Args:
         model: the patched model, or a wrapper around it; changed in place.
@@ -101,6 +102,8 @@ def restore_attention(model: Model) -> Model:
             got=f"a {type(model).__name__} that is not",
             fix="Ask is_patched(model) first.",
         )
+    # First, since it waits for generations under way in other threads.
+    unkeep_generation(model)
     # By identity, since a wrapper that was put on later holds the private copy too, but not the original.
     originals = {id(module.config): getattr(module, _ORIGINAL_CONFIG) for module in patched}
     for module, config in _configs(model):
@@ -108,7 +111,6 @@ def restore_attention(model: Model) -> Model:
     for module in patched:
         delattr(module, _ORIGINAL_CONFIG)
     unfuse_modules(model)
-    unkeep_generation(model)
     return model
 
 

@@ -43,5 +43,6 @@ def keep_on_cpu(patcher: pytest.MonkeyPatch) -> Ledger:
 
 def _is_compiled(model: Any, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
     """transformers' own criterion on a GPU, except that what it would compile itself runs as it is."""
-    is_kept = kept_steps.kept_steps(model).of(model_kwargs.get("past_key_values")) is not None
+    taken = kept_steps.kept_steps(model).taken
+    is_kept = taken is not None and model_kwargs.get("past_key_values") is taken.cache
     return is_kept and not generation_config.disable_compile

@@ -62,9 +62,7 @@ def test_the_least_recently_used_goes_first() -> None:
 def test_release_forgets_one_cache_alone() -> None:
     model = patch(make_model())
     step, other = get(model), get(model, batch_size=2)
-    assert steps_of(model).of(step.cache) is step
     steps_of(model).release(step.cache)
-    assert steps_of(model).of(step.cache) is None
     assert steps_of(model).shapes() == [(2, 256)]
     assert get(model) is not step
     assert get(model, batch_size=2) is other
@@ -200,7 +198,8 @@ def test_a_turn_takes_one_step() -> None:
         with steps.turn():
             assert steps.get(model, 1, 256) is not kept
         assert steps.shapes() == [(1, 256)]
-        assert steps.of(kept.cache) is kept
+        assert steps.taken is kept
+    assert steps.taken is None
 
 
 @pytest.mark.parametrize("vocab_size", [1, 7, 96, 1024, 1031, 2050, 49152])
