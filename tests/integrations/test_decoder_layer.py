@@ -359,3 +359,42 @@ def test_steps_with_frequencies_chosen_on_the_host_are_not_captured() -> None:
     assert is_capturable(patch(LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1)).eval()))
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1, rope_parameters=rope)).eval()
     assert not is_capturable(patch(model))
+
+
+class Doubled(torch.Tensor):
+    """A weight that brings its own matrix product, as quantized and sharded ones do."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.linear:
+            return 2 * nn.functional.linear(args[0], args[1].as_subclass(Tensor))
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_weights_with_a_product_of_their_own_keep_it() -> None:
+    model, ids = make_model(), torch.tensor([[7]])
+    down = model.model.layers[0].mlp.down_proj
+    down.weight = nn.Parameter(down.weight.data.as_subclass(Doubled), requires_grad=False)
+    with torch.no_grad():
+        expected = model(ids).logits
+        patch(model)
+        assert torch.equal(model(ids).logits, expected)
+    assert not is_capturable(model)
+
+
+def test_a_slice_of_embeddings_is_decoded() -> None:
+    model = make_model()
+    embeddings = torch.randn(2, 5, model.config.hidden_size)
+    with torch.no_grad():
+        expected = model(inputs_embeds=embeddings[:, 2:3]).logits
+        assert torch.equal(patch(model)(inputs_embeds=embeddings[:, 2:3]).logits, expected)
+
+
+def test_compiled_modules_and_global_hooks_are_no_captures() -> None:
+    model = patch(make_model())
+    assert is_capturable(model)
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert not is_capturable(model)
+    handle.remove()
+    model.model.layers[0].compile(backend="eager")
+    assert not is_capturable(model)

@@ -12,8 +12,9 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, Sta
 
 from flashcore_ops import make_static_cache
 from flashcore_ops.generation import stream_tokens
+from flashcore_ops.integrations import generate as generate_module
 from flashcore_ops.integrations.transformers import replace_llama_attention_with_flashcore as patch
-from flashcore_ops.kept_steps import free_kept_caches, kept_steps
+from flashcore_ops.kept_steps import free_kept_caches, kept_steps, warmup
 from tests.integrations.kept import Ledger, keep_on_cpu
 from tests.integrations.models import BATCHES, FAMILIES, make_batch, make_model
 
@@ -266,3 +267,41 @@ def test_an_iterator_may_change_threads() -> None:
     assert [int(token) for token in tokens[:12]] == expected[0]
     assert tokens[12] is None
     assert tokens_of(model, batch) == expected
+
+
+def test_without_memory_for_the_cache_generate_goes_on(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = make_model(), make_batch()
+    expected = tokens_of(model, batch)
+    patch(model)
+
+    def no_memory(*_: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(generate_module, "_warned", set())
+    monkeypatch.setattr("flashcore_ops.kept_steps.make_decode_step", no_memory)
+    with pytest.warns(UserWarning, match="no memory for a static cache of 1 x 256 slots"):
+        assert tokens_of(model, batch) == expected
+    assert ledger.num_runs == 0
+
+
+def test_what_keeps_nothing_waits_for_nobody() -> None:
+    """A beam search in one thread while another holds the model's steps."""
+    model, batch = patch(make_model()), make_batch()
+    done = threading.Event()
+
+    def search() -> None:
+        tokens_of(model, batch, num_beams=2)
+        done.set()
+
+    with kept_steps(model).turn():
+        thread = threading.Thread(target=search)
+        thread.start()
+        assert done.wait(60)
+    thread.join()
+
+
+def test_warmup_makes_the_cache_of_exactly_so_many_tokens(ledger: Ledger) -> None:
+    model, batch = patch(make_model()), make_batch()
+    warmup(model, batch_size=1, capacity=257)
+    tokens_of(model, batch, max_new_tokens=257 - batch["input_ids"].shape[1])
+    assert ledger.shapes == [(1, 512)]

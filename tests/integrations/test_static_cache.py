@@ -152,3 +152,22 @@ def test_a_second_prefill_past_the_end_is_refused_where_reading_waits_too(
     with pytest.raises(CapacityError, match="room for 26 tokens, got a static cache of 20 slots"):
         model(input_ids=batch["input_ids"], past_key_values=cache)
     assert all(map(torch.equal, _written(cache), before))
+
+
+@pytest.mark.parametrize("truncate", ["layers", "config"])
+@pytest.mark.parametrize("num_tokens", [1, 2])
+def test_models_that_run_fewer_layers_count_all_the_same(device: str, truncate: str, num_tokens: int) -> None:
+    model, ids = make_model("llama", device), make_batch("single", device)["input_ids"]
+    if truncate == "layers":
+        model.model.layers = model.model.layers[:1]
+    patch(model)
+    cache, growing = make_static_cache(model, batch_size=1, max_cache_len=40), DynamicCache()
+    if truncate == "config":
+        model.config.num_hidden_layers = 1
+    with torch.no_grad():
+        for first in range(0, 6, num_tokens):
+            chunk = ids[:, first : first + num_tokens]
+            logits = model(chunk, past_key_values=cache).logits
+            expected = model(chunk, past_key_values=growing).logits
+            torch.testing.assert_close(logits, expected)
+    assert int(cache.get_seq_length()) == 6
