@@ -152,16 +152,17 @@ def _time_in_turns(
 def time_decode(decoder: Decoder, length: int, *, tokens: int, steps: int, gauge: Gauge) -> dict[str, float]:
     """One turn: milliseconds a token of a loop that is waited for once, at its end, and of the median single step.
 
-    Both end at `length` tokens. Loops of few tokens say less, so their number is a figure too.
+    Both have `length` tokens in their middle, as the floor has. Loops of few tokens say less, so their number is a
+    figure too.
     """
     tokens, steps = min(tokens, length - 1), min(steps, length - 1)
     decoder.set_length(length - 1)
     decoder.decode(1)
-    decoder.set_length(length - tokens)
+    decoder.set_length(length - tokens // 2)
     start = gauge.seconds()
     decoder.decode(tokens)
     loop_ms = (gauge.seconds() - start) * 1e3 / tokens
-    decoder.set_length(length - steps)
+    decoder.set_length(length - steps // 2)
     times = [gauge.seconds()]
     for _ in range(steps):
         decoder.decode(1)

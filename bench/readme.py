@@ -55,7 +55,7 @@ TABLES = (
         kind="decode",
         title="Decode of a whole model, ms a token, and times the floor",
         metrics={"loop_ms": ""},
-        impls=("flashcore_loop", "flashcore_compiled", "hf_compiled", "hf_eager"),
+        impls=("flashcore_loop", "flashcore_compiled", "hf_compiled", "flashcore_eager", "hf_eager"),
         has_ratios=True,
     ),
     Table(

@@ -46,6 +46,7 @@ class KeptSteps:
         self._lock = threading.Lock()
         self._holder: int | None = None
         self.taken: DecodeStep | None = None
+        self._work_queued: torch.cuda.Event | None = None
 
     @contextmanager
     def turn(self) -> Iterator[None]:
@@ -60,6 +61,9 @@ class KeptSteps:
             try:
                 yield
             finally:
+                if self.taken is not None and self.taken.tokens.is_cuda:
+                    # Steps that nobody waited for may still be queued, and the next thread's stream be another.
+                    self._work_queued = torch.cuda.current_stream(self.taken.tokens.device).record_event()
                 self._holder = self.taken = None
 
     def get(self, model: Any, batch_size: int, capacity: int) -> DecodeStep:
@@ -70,6 +74,8 @@ class KeptSteps:
         shape = (batch_size, capacity)
         if self.taken is not None:
             return self._make(model, shape)
+        if self._work_queued is not None:
+            self._work_queued.wait()
         self._drop_if_model_changed(model)
         if shape not in self._steps:
             while len(self._steps) >= MAX_KEPT:
