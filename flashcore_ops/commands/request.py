@@ -16,12 +16,15 @@ from flashcore_ops.generation import Sampling, stream_tokens
 # Lengths are int32 on the device, and caches grow in powers of two.
 MOST_NEW_TOKENS = 2**29
 # What a model's generation config may hold that changes tokens beyond what Sampling knows.
-UNSERVED_SETTINGS = (
-    *("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "sequence_bias", "num_beams", "guidance_scale"),
-    *("min_length", "min_new_tokens", "suppress_tokens", "begin_suppress_tokens"),
-    *("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty", "stop_strings"),
-    *("min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"),
-)
+# Settings that would change tokens and are not followed, with the values besides None that switch them off.
+UNSERVED_SETTINGS: dict[str, tuple[float, ...]] = {
+    **dict.fromkeys(("repetition_penalty", "guidance_scale", "typical_p", "num_beams"), (1,)),
+    **dict.fromkeys(("no_repeat_ngram_size", "min_length", "min_new_tokens", "min_p"), (0,)),
+    **dict.fromkeys(("epsilon_cutoff", "eta_cutoff"), (0,)),
+    **dict.fromkeys(("bad_words_ids", "sequence_bias", "suppress_tokens", "begin_suppress_tokens"), ()),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id"), ()),
+    **dict.fromkeys(("exponential_decay_length_penalty", "stop_strings"), ()),
+}
 
 
 @dataclass(frozen=True)
@@ -121,8 +124,7 @@ def ignored_settings(settings: GenerationConfig) -> list[str]:
     """Names of what a model's generation config sets that would change tokens and is not followed here.
 
     Example:
-        >>> ignored_settings(GenerationConfig(eos_token_id=2, top_k=20, repetition_penalty=1.1, min_length=0))
-        ['repetition_penalty']
+        >>> ignored_settings(GenerationConfig(top_k=20, repetition_penalty=1.1, min_length=0, forced_bos_token_id=1))
+        ['repetition_penalty', 'forced_bos_token_id']
     """
-    # 0 and 1 are what switches the numbers among them off.
-    return [name for name in UNSERVED_SETTINGS if getattr(settings, name, None) not in (None, 0, 1)]
+    return [name for name, off in UNSERVED_SETTINGS.items() if getattr(settings, name, None) not in (None, *off)]
