@@ -11,6 +11,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+# What one prefetch asks for.
+LINE_BYTES = tl.constexpr(128)
+
 
 def launch_options(is_dependent: bool) -> dict[str, bool]:
     """The launch options of a kernel; backends without the feature do not know the option."""

@@ -15,8 +15,6 @@ from triton.language.target_info import is_hip
 from csrc_free_kernels import dependent_launch, softmax
 from csrc_free_kernels.tuning import LinearTiles, ceil_div, is_one_row_at_a_time
 
-_LINE_BYTES = tl.constexpr(128)
-
 
 @triton.jit
 def _weight_rows(
@@ -61,7 +59,7 @@ def _weight_rows(
 @triton.jit
 def _prefetch_rows(p_rows, NUM_LINES: tl.constexpr):
     """Asks for the lines at the given places of each weight row and behind them."""
-    ELEMENTS: tl.constexpr = _LINE_BYTES // (p_rows.dtype.element_ty.primitive_bitwidth // 8)
+    ELEMENTS: tl.constexpr = dependent_launch.LINE_BYTES // (p_rows.dtype.element_ty.primitive_bitwidth // 8)
     dependent_launch.prefetch_l2(p_rows[:, None] + tl.arange(0, NUM_LINES)[None, :] * ELEMENTS)
 
 
@@ -241,7 +239,7 @@ def _norm_kernel(p_input, p_norm, p_output, stride_input, eps, K: tl.constexpr, 
 def _num_prefetched_lines(row_bytes: int, budget: int) -> int:
     """Lines of a weight row to ask for ahead: a power of two, inside the row, since past the last may be no memory."""
     num_bytes = min(row_bytes, budget)
-    return 1 << max(0, (num_bytes // _LINE_BYTES.value).bit_length() - 1)
+    return 1 << max(0, (num_bytes // dependent_launch.LINE_BYTES.value).bit_length() - 1)
 
 
 def linear(

@@ -59,7 +59,7 @@ def _prefetch_share(
     o_slot = low + i_split * share + tl.arange(0, _PREFETCHED_SLOTS)
     o_slot = tl.maximum(tl.minimum(o_slot, S - 1), 0).to(tl.int64)[:, None]
     WIDTH: tl.constexpr = p_key.dtype.element_ty.primitive_bitwidth // 8
-    LINE: tl.constexpr = 128 // WIDTH
+    LINE: tl.constexpr = dependent_launch.LINE_BYTES // WIDTH
     o_key = tl.arange(0, triton.next_power_of_2(triton.cdiv(D, LINE)))[None, :] * LINE
     o_value = tl.arange(0, triton.next_power_of_2(triton.cdiv(Dv, LINE)))[None, :] * LINE
     dependent_launch.prefetch_l2(p_key + o_slot * stride_key + tl.minimum(o_key, D - 1))

@@ -53,7 +53,7 @@ def attention(
             return
         num_rows = num_query_heads // num_kv_heads * query_len
         tiles = tuning.decode_tiles(arch, query.dtype, widest, num_rows)
-        num_programs = batch * num_kv_heads * -(-num_rows // tiles.block_m)
+        num_programs = batch * num_kv_heads * tuning.ceil_div(num_rows, tiles.block_m)
         decode.decode_attention(
             query,
             key,
@@ -108,7 +108,7 @@ def rope_append_attention(
     arch = tuning.architecture(query.device)
     group = num_query_heads // num_kv_heads
     tiles = tuning.rope_decode_tiles(arch, query.dtype, max(head_dim, value_cache.shape[3]), group=group)
-    num_programs = batch * num_kv_heads * -(-group // tiles.block_m)
+    num_programs = batch * num_kv_heads * tuning.ceil_div(group, tiles.block_m)
     with torch.cuda.device(query.device):
         rope_decode.rope_append_attention(
             query,

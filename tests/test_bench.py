@@ -264,9 +264,10 @@ def test_command(monkeypatch, tmp_path, failing, status):
     assert "7.2" in finished.output
 
 
-def test_no_gpu_is_one_plain_line():
+@pytest.mark.parametrize("command", ["bench.attention", "bench.llama", "bench.tune"])
+def test_no_gpu_is_one_plain_line(command):
     finished = subprocess.run(
-        [sys.executable, "-m", "bench.attention", "--quick"],
+        [sys.executable, "-m", command],
         env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
         cwd=ROOT,
         capture_output=True,
@@ -275,7 +276,7 @@ def test_no_gpu_is_one_plain_line():
     )
     assert finished.returncode == 2
     assert finished.stdout == ""
-    assert finished.stderr == "error: bench.attention needs a CUDA GPU, and torch sees none.\n"
+    assert finished.stderr == f"error: {command} needs a CUDA GPU, and torch sees none.\n"
 
 
 @pytest.mark.gpu

@@ -53,15 +53,6 @@ def test_launches_take_the_chosen_tiles():
     assert tuning.choose_num_splits(1, 64, 132) == 1
 
 
-def test_no_gpu_is_one_plain_line(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    app = tune.typer.Typer()
-    app.command()(tune.main)
-    result = CliRunner().invoke(app, [])
-    assert result.exit_code == 2
-    assert result.output.strip() == "error: bench.tune needs a CUDA GPU, and torch sees none."
-
-
 @pytest.mark.gpu
 def test_one_kind_on_the_gpu(monkeypatch):
     monkeypatch.setattr(tune, "NUM_LAYERS", 2)

@@ -154,13 +154,10 @@ def _keeps_cache(model: Any, generation_config: Any, model_kwargs: dict[str, Any
 
 
 def _step_or_none(model: Any, num_rows: int, capacity: int) -> DecodeStep | None:
-    """The kept step, or None if there is no memory for a cache of the whole capacity."""
-    steps = kept_steps(model)
+    """The kept step, or None if there is no memory for a cache of the whole capacity, even with nothing kept."""
     try:
-        return steps.get(model, num_rows, capacity)
+        return kept_steps(model).get(model, num_rows, capacity)
     except torch.OutOfMemoryError:
-        steps.clear()
-        torch.cuda.empty_cache()
         _warn_once(f"no memory for a static cache of {num_rows} x {capacity} slots; a smaller max_length needs less")
         return None
 

@@ -22,8 +22,9 @@ from transformers.masking_utils import (
 )
 from transformers.utils.import_utils import is_tracing
 
-from flashcore_ops.errors import CapacityError, MaskError
+from flashcore_ops.errors import MaskError
 from flashcore_ops.integrations.dense import create_dense_mask
+from flashcore_ops.integrations.static_cache import check_capacity
 
 MaskFunction = Callable[..., Tensor]
 
@@ -162,13 +163,7 @@ def _check_capacity(end: int | Tensor, q_length: int, kv_length: int) -> None:
     # A prefill can afford to wait for the length, a decode step cannot.
     if q_length == 1 and isinstance(end, Tensor) and _reading_waits(end):
         return
-    if int(end) > kv_length:
-        raise CapacityError.explain(
-            "past_key_values",
-            expected=f"room for {int(end)} tokens",
-            got=f"a static cache of {kv_length} slots",
-            fix="Make it with a larger max_cache_len, or pass fewer tokens.",
-        )
+    check_capacity(int(end), kv_length)
 
 
 def _check_padding_mask(attention_mask: Tensor, batch_size: int) -> None:

@@ -50,7 +50,7 @@ class SharedLengthLayer(StaticLayer):
 
 
 def check_capacity(num_tokens: int, max_cache_len: int) -> None:
-    """Raises CapacityError if so many tokens never fit."""
+    """Raises CapacityError if a static cache has no room for so many tokens."""
     if num_tokens > max_cache_len:
         raise CapacityError.explain(
             "past_key_values",
