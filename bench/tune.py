@@ -108,6 +108,7 @@ def shipped_choice(batch: int, capacity: int) -> Choice:
             num_columns=num_columns,
             depth=depth,
             num_multiprocessors=num_multiprocessors,
+            is_aligned=True,
         )
         for kind, (num_columns, depth) in LINEAR_KINDS.items()
     }
@@ -134,6 +135,12 @@ def candidates(shipped: Choice, batch: int) -> dict[str, list[LinearTiles | Atte
 
 
 def _linear_candidates(shipped: LinearTiles, batch: int) -> list[LinearTiles]:
+    if shipped.has_ring:
+        return [
+            replace(shipped, block_n=block_n, num_stages=num_slots)
+            for block_n in (16, 32, 64, 128)
+            for num_slots in (2, 3, 4, 5, 6)
+        ]
     if batch == 1:
         shapes = [(4, 2048, 4, 1), (8, 2048, 8, 1), (2, 2048, 2, 1), (8, 1024, 4, 1), (16, 1024, 8, 1), (4, 4096, 8, 1)]
     else:

@@ -1,8 +1,7 @@
 """Linear layers of decode: a few rows times large weight matrices, bound by the bytes of the weights.
 
-One row goes through a matrix-vector kernel: every thread keeps eight 16-byte loads of weights in flight, and RMSNorm,
-the gate of a SwiGLU and the residual ride along in float32. More rows of 16 bits go through the tensor cores. All of
-them read up to three weight matrices in one launch, and ask for their first weights before the kernel ahead has ended.
+All kernels read up to three weight matrices in one launch, add a residual or gate a SwiGLU on the way out, and ask for
+their first weights before the kernel ahead has ended.
 """
 
 from __future__ import annotations
@@ -10,214 +9,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from triton.language.target_info import is_hip
 
-from csrc_free_kernels import dependent_launch, softmax
+from csrc_free_kernels import dependent_launch, linear_portable, softmax
 from csrc_free_kernels.tuning import LinearTiles, ceil_div, is_one_row_at_a_time
-
-
-@triton.jit
-def _weight_rows(
-    i_tile, p_first, p_second, p_third, N1, N2, N3, K: tl.constexpr, BLOCK_N: tl.constexpr, IS_GATED: tl.constexpr
-):  # fmt: skip
-    """The tile's weight rows [BLOCK_N] as pointers, its output columns, and which of these exist.
-
-    A gated tile alternates rows of the first weight and of the second, which p_second then is the distance to, so that
-    a column's two products are neighbours.
-    """
-    WIDTH: tl.constexpr = BLOCK_N // 2 if IS_GATED else BLOCK_N
-    o_row = tl.arange(0, BLOCK_N)
-    p_weight = p_first
-    num_rows = N1
-    first_column = 0
-    if IS_GATED:
-        # One base for both, since the AMD compiler knows no tile of pointers with two; and that base an integer there,
-        # since from a pointer it takes offsets to stay within 2 GB. Elsewhere an integer would lose its alignment.
-        distance = (o_row % 2).to(tl.int64) * p_second
-        if is_hip():
-            WIDTH_BYTES: tl.constexpr = p_first.dtype.element_ty.primitive_bitwidth // 8
-            p_weight = (p_first.to(tl.int64) + distance * WIDTH_BYTES).to(p_first.dtype)
-        else:
-            p_weight = p_first + distance
-        o_row = o_row // 2
-    elif N2 is not None:
-        tiles_first = tl.cdiv(N1, WIDTH)
-        tiles_second = tl.cdiv(N2, WIDTH)
-        is_first = i_tile < tiles_first
-        is_second = i_tile < tiles_first + tiles_second
-        # Selected, not branched upon: the AMD compiler fails on branches that yield pointers.
-        p_weight = tl.where(is_first, p_first, tl.where(is_second, p_second, p_third))
-        num_rows = tl.where(is_first, N1, tl.where(is_second, N2, N3))
-        first_column = tl.where(is_first, 0, tl.where(is_second, N1, N1 + N2))
-        i_tile -= tl.where(is_first, 0, tl.where(is_second, tiles_first, tiles_first + tiles_second))
-    # Rows past the last read the last one again, and are not stored.
-    o_row = tl.minimum(i_tile * WIDTH + o_row, num_rows - 1).to(tl.int64)
-    o_n = i_tile * WIDTH + tl.arange(0, WIDTH)
-    return p_weight + o_row * K, first_column + o_n, o_n < num_rows
-
-
-@triton.jit
-def _prefetch_rows(p_rows, NUM_LINES: tl.constexpr):
-    """Asks for the lines at the given places of each weight row and behind them."""
-    ELEMENTS: tl.constexpr = dependent_launch.LINE_BYTES // (p_rows.dtype.element_ty.primitive_bitwidth // 8)
-    dependent_launch.prefetch_l2(p_rows[:, None] + tl.arange(0, NUM_LINES)[None, :] * ELEMENTS)
-
-
-@triton.jit
-def _load(p, m, IS_MASKED: tl.constexpr):
-    """A tile of weights, each element of which is read once."""
-    if IS_MASKED:
-        return tl.load(p, mask=m, other=0.0, eviction_policy="evict_first")
-    else:
-        return tl.load(p, eviction_policy="evict_first")
-
-
-@triton.jit
-def _load_input(p_x, p_norm, o_k, K: tl.constexpr, IS_MASKED: tl.constexpr):
-    """A piece of the input row in float32, times the norm's weight if there is a norm, and its squares before that."""
-    if IS_MASKED:
-        b_x = tl.load(p_x, mask=o_k < K, other=0.0).to(tl.float32)
-    else:
-        b_x = tl.load(p_x).to(tl.float32)
-    b_square = b_x * b_x
-    if p_norm is not None:
-        if IS_MASKED:
-            b_x *= tl.load(p_norm + o_k, mask=o_k < K, other=0.0).to(tl.float32)
-        else:
-            b_x *= tl.load(p_norm + o_k).to(tl.float32)
-    return b_x, b_square
-
-
-@triton.jit
-def _gate(b_pairs):
-    """silu(gate) * up of products that stand in pairs, [..., 2]."""
-    b_gate, b_up = tl.split(b_pairs)
-    return b_gate / (1.0 + tl.exp(-b_gate)) * b_up
-
-
-@triton.jit(do_not_specialize=["N1", "N2", "N3"], do_not_specialize_on_alignment=["M"])
-def _row_kernel(
-    p_input,
-    p_norm,
-    p_residual,
-    p_output,
-    p_first,
-    p_second,
-    p_third,
-    M,
-    N1,
-    N2,
-    N3,
-    num_columns,
-    stride_input,
-    stride_residual,
-    eps,
-    K: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    IS_GATED: tl.constexpr,
-    HAS_CONSTANT_WEIGHTS: tl.constexpr,
-    NUM_LINES: tl.constexpr,
-    IS_DEPENDENT: tl.constexpr,
-):
-    dependent_launch.launch_dependents(IS_DEPENDENT)
-    # Neighbours take the same weights for different rows, so that the L2 serves all but the first.
-    i_m = (tl.program_id(0) % M).to(tl.int64)
-    i_tile = tl.program_id(0) // M
-    p_rows, o_column, m_column = _weight_rows(
-        i_tile, p_first, p_second, p_third, N1, N2, N3, K, BLOCK_N, IS_GATED
-    )  # fmt: skip
-    o_k = tl.arange(0, BLOCK_K)
-    p_x = p_input + i_m * stride_input + o_k
-    p_w = p_rows[:, None] + o_k[None, :]
-    # While the kernel ahead still runs, the first weights come to the registers, or at least to the L2, and the next to
-    # the L2.
-    if HAS_CONSTANT_WEIGHTS:
-        b_w = _load(p_w, (o_k < K)[None, :], K < BLOCK_K)
-        if IS_DEPENDENT and K > BLOCK_K:
-            _prefetch_rows(p_rows + BLOCK_K, NUM_LINES)
-    elif IS_DEPENDENT:
-        _prefetch_rows(p_rows, NUM_LINES)
-    dependent_launch.wait(IS_DEPENDENT)
-    if not HAS_CONSTANT_WEIGHTS:
-        b_w = _load(p_w, (o_k < K)[None, :], K < BLOCK_K)
-
-    b_residual = 0.0
-    if p_residual is not None:
-        p_r = p_residual + i_m * stride_residual + o_column
-        b_residual = tl.load(p_r, mask=m_column, other=0.0).to(tl.float32)
-    b_x, b_square = _load_input(p_x, p_norm, o_k, K, K < BLOCK_K)
-    b_sum = b_w.to(tl.float32) * b_x[None, :]
-    for i_k in tl.range(BLOCK_K, K, BLOCK_K):
-        b_w = _load(p_w + i_k, (i_k + o_k < K)[None, :], K % BLOCK_K != 0)
-        b_x, b_more = _load_input(p_x + i_k, p_norm, i_k + o_k, K, K % BLOCK_K != 0)
-        b_square += b_more
-        b_sum += b_w.to(tl.float32) * b_x[None, :]
-
-    b_y = tl.sum(b_sum, 1)
-    if p_norm is not None:
-        b_y *= tl.rsqrt(tl.sum(b_square, 0) / K + eps)
-    if IS_GATED:
-        b_y = _gate(tl.reshape(b_y, [BLOCK_N // 2, 2]))
-    b_y += b_residual
-    tl.store(p_output + i_m * num_columns + o_column, b_y.to(p_output.dtype.element_ty), mask=m_column)
-
-
-@triton.jit(do_not_specialize=["M", "N1", "N2", "N3"])
-def _tile_kernel(
-    p_input,
-    p_residual,
-    p_output,
-    p_first,
-    p_second,
-    p_third,
-    M,
-    N1,
-    N2,
-    N3,
-    num_columns,
-    stride_input,
-    stride_residual,
-    K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    IS_GATED: tl.constexpr,
-    NUM_LINES: tl.constexpr,
-    DOT_DTYPE: tl.constexpr,
-    IS_DEPENDENT: tl.constexpr,
-):
-    MASK_K: tl.constexpr = K % BLOCK_K != 0
-    dependent_launch.launch_dependents(IS_DEPENDENT)
-    p_rows, o_column, m_column = _weight_rows(
-        tl.program_id(0), p_first, p_second, p_third, N1, N2, N3, K, BLOCK_N, IS_GATED
-    )  # fmt: skip
-    if IS_DEPENDENT:
-        _prefetch_rows(p_rows, NUM_LINES)
-    dependent_launch.wait(IS_DEPENDENT)
-
-    o_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    m_m = (o_m < M)[:, None]
-    o_m = o_m.to(tl.int64)[:, None]
-    m_y = m_m & m_column[None, :]
-    b_residual = 0.0
-    if p_residual is not None:
-        p_r = p_residual + o_m * stride_residual + o_column[None, :]
-        b_residual = tl.load(p_r, mask=m_y, other=0.0).to(tl.float32)
-    o_k = tl.arange(0, BLOCK_K)
-    p_x = p_input + o_m * stride_input + o_k[None, :]
-    p_w = p_rows[:, None] + o_k[None, :]
-    b_y = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    for i_k in tl.range(0, K, BLOCK_K):
-        m_k = (i_k + o_k < K)[None, :]
-        b_x = tl.load(p_x + i_k, mask=m_m & m_k if MASK_K else m_m, other=0.0).to(DOT_DTYPE)
-        b_w = _load(p_w + i_k, m_k, MASK_K).to(DOT_DTYPE)
-        b_y = tl.dot(b_x, tl.trans(b_w), b_y, input_precision="ieee")
-    if IS_GATED:
-        b_y = _gate(tl.reshape(b_y, [BLOCK_M, BLOCK_N // 2, 2]))
-    b_y += b_residual
-    p_y = p_output + o_m * num_columns + o_column[None, :]
-    tl.store(p_y, b_y.to(p_output.dtype.element_ty), mask=m_y)
 
 
 @triton.jit
@@ -236,10 +30,12 @@ def _norm_kernel(p_input, p_norm, p_output, stride_input, eps, K: tl.constexpr, 
     tl.store(p_output + i_m * K + o_k, b_x.to(p_output.dtype.element_ty), mask=m_k)
 
 
-def _num_prefetched_lines(row_bytes: int, budget: int) -> int:
-    """Lines of a weight row to ask for ahead: a power of two, inside the row, since past the last may be no memory."""
-    num_bytes = min(row_bytes, budget)
-    return 1 << max(0, (num_bytes // dependent_launch.LINE_BYTES.value).bit_length() - 1)
+def is_aligned(rows: torch.Tensor, weights: list[torch.Tensor]) -> bool:
+    """Whether every row of the input and of the weights begins at a multiple of 16 bytes that the compiler knows of."""
+    return all(
+        tensor.data_ptr() % 16 == 0 and tensor.stride(0) % 16 == 0 and tensor.shape[1] % 16 == 0
+        for tensor in (rows, *weights)
+    )
 
 
 def linear(
@@ -258,25 +54,24 @@ def linear(
     """Writes the products of rows `[M, K]` with up to three weights `[N_i, K]` side by side into output `[M, N]`.
 
     Constant weights are those that no kernel launched shortly before may write: they may be read before it has ended.
-    output is contiguous; residual `[M, N]` has contiguous rows; M, K and every N_i are above 0.
+    output is contiguous; residual `[M, N]` has contiguous rows; M, K and every N_i are above 0. Tiles with a ring need
+    rows and weights that are aligned.
     """
     num_rows, depth = rows.shape
     is_one_at_a_time = is_one_row_at_a_time(num_rows, rows.dtype)
-    if norm_weight is not None and not is_one_at_a_time:
-        rows = _norm(rows, norm_weight, eps, is_dependent)
+    # A row before its norm times the norm's weight may exceed float16.
+    has_norm_inside = is_one_at_a_time or (tiles.has_ring and rows.dtype != torch.float16)
+    if norm_weight is not None and not has_norm_inside:
+        rows, norm_weight = _norm(rows, norm_weight, eps, is_dependent), None
     first, second, third = (*weights, weights[0], weights[0])[:3]
     sizes = [weight.shape[0] for weight in (weights[:1] if is_gated else weights)]
-    width = tiles.block_n // 2 if is_gated else tiles.block_n
-    num_weight_rows = output.shape[1] * (2 if is_gated else 1)
-    # A row kernel holds the first block of constant weights in registers by then.
-    num_ahead = depth - tiles.block_k if is_one_at_a_time and has_constant_weights else depth
-    num_tiles = sum(ceil_div(size, width) for size in sizes)
+    num_tiles = sum(ceil_div(size, tiles.block_n // 2 if is_gated else tiles.block_n) for size in sizes)
     arguments = {
         "p_input": rows,
         "p_residual": residual,
         "p_output": output,
         "p_first": first,
-        "p_second": (second.data_ptr() - first.data_ptr()) // second.element_size() if is_gated else second,
+        "p_second": second,
         "p_third": third,
         "M": num_rows,
         "N1": sizes[0],
@@ -289,20 +84,44 @@ def linear(
         "BLOCK_N": tiles.block_n,
         "BLOCK_K": tiles.block_k,
         "IS_GATED": is_gated,
-        "NUM_LINES": _num_prefetched_lines(num_ahead * rows.element_size(), tiles.prefetched_bytes // num_weight_rows),
         "IS_DEPENDENT": is_dependent,
         "num_warps": tiles.num_warps,
-        "num_stages": tiles.num_stages,
         **dependent_launch.launch_options(is_dependent),
     }
+    if tiles.has_ring:
+        # Imported here alone: it needs a Triton that has Gluon.
+        from csrc_free_kernels import linear_hopper
+
+        linear_hopper.ring_kernel[(num_tiles, ceil_div(num_rows, tiles.block_m))](
+            p_norm=norm_weight,
+            eps=eps,
+            BLOCK_M=tiles.block_m,
+            NUM_SLOTS=tiles.num_stages,
+            HAS_CONSTANT_WEIGHTS=has_constant_weights,
+            **arguments,
+        )
+        return
+    if is_gated:
+        arguments["p_second"] = (second.data_ptr() - first.data_ptr()) // second.element_size()
+    # A row kernel holds the first block of constant weights in registers by then.
+    num_ahead = depth - tiles.block_k if is_one_at_a_time and has_constant_weights else depth
+    line_budget = tiles.prefetched_bytes // (output.shape[1] * (2 if is_gated else 1))
+    arguments["NUM_LINES"] = _num_prefetched_lines(num_ahead * rows.element_size(), line_budget)
+    arguments["num_stages"] = tiles.num_stages
     if is_one_at_a_time:
-        _row_kernel[(num_tiles * num_rows,)](
+        linear_portable.row_kernel[(num_tiles * num_rows,)](
             p_norm=norm_weight, eps=eps, HAS_CONSTANT_WEIGHTS=has_constant_weights, **arguments
         )
     else:
-        _tile_kernel[(num_tiles, ceil_div(num_rows, tiles.block_m))](
+        linear_portable.tile_kernel[(num_tiles, ceil_div(num_rows, tiles.block_m))](
             BLOCK_M=tiles.block_m, DOT_DTYPE=softmax.dot_dtype(rows.dtype), **arguments
         )
+
+
+def _num_prefetched_lines(row_bytes: int, budget: int) -> int:
+    """Lines of a weight row to ask for ahead: a power of two, inside the row, since past the last may be no memory."""
+    num_bytes = min(row_bytes, budget)
+    return 1 << max(0, (num_bytes // dependent_launch.LINE_BYTES.value).bit_length() - 1)
 
 
 def _norm(rows: torch.Tensor, norm_weight: torch.Tensor, eps: float, is_dependent: bool) -> torch.Tensor:

@@ -22,6 +22,7 @@ class Tiles:
 class LinearTiles:
     """How a linear kernel is cut: rows of the input, rows of weights and depth a tile, warps, loads in flight.
 
+    has_ring: whether Hopper's kernel runs it, which keeps the loads in flight in a ring of so many slots.
     prefetched_bytes: of the weights, about what all programs together may ask the L2 for while the kernel ahead still
     runs; at the least a line of 128 bytes for each row of weights. Enough to keep the memory busy between two
     kernels; more delays what the kernel ahead still has to load.
@@ -33,6 +34,7 @@ class LinearTiles:
     num_warps: int
     num_stages: int
     prefetched_bytes: int = 8 * 2**20
+    has_ring: bool = False
 
 
 Table = dict[tuple[int, int], Tiles]
@@ -60,16 +62,23 @@ _DECODE: dict[str, Table] = {
     "small": {(64, 2): Tiles(64, 64, 4, 2), (128, 2): Tiles(32, 64, 4, 2), (256, 2): Tiles(32, 32, 4, 2)},
 }
 # A single token's mask is its bounds, which leaves registers for more slots at a time.
-_HOPPER_ROPE: Table = {(64, 2): Tiles(16, 64, 4, 2), (128, 2): Tiles(16, 64, 4, 2)}
+_HOPPER_ROPE: Table = {(64, 2): Tiles(16, 128, 4, 2), (128, 2): Tiles(16, 128, 4, 2)}
 # Linear layers of several rows, by the largest number of them: for outputs that one wave of programs covers, and wider.
 _LINEAR = {
-    "hopper": {16: (LinearTiles(16, 32, 256, 4, 6), LinearTiles(16, 32, 512, 4, 3)),
-               32: (LinearTiles(32, 32, 256, 4, 6), LinearTiles(32, 32, 256, 4, 4))},
     "ampere": {16: (LinearTiles(16, 32, 256, 4, 6), LinearTiles(16, 32, 256, 4, 3)),
                32: (LinearTiles(32, 32, 256, 4, 4), LinearTiles(32, 32, 256, 4, 2))},
     "small": {16: (LinearTiles(16, 32, 128, 4, 4), LinearTiles(16, 32, 128, 4, 3)),
               32: (LinearTiles(32, 32, 128, 4, 3), LinearTiles(32, 32, 128, 4, 2))},
 }  # fmt: skip
+# Hopper's linear kernel: one depth and one number of warps for all, so that sums run in one order and the bits of a row
+# do not depend on how many others there are.
+_RING_BLOCK_K = 256
+_RING_NUM_WARPS = 4
+# Where one program a processor covers the output, all of them together must keep the memory busy. Elsewhere two fit on a
+# processor, so that one loads while the other starts or ends.
+_RING_SLOTS_OF_ONE_WAVE = 6
+_RING_MAX_SLOTS = 4
+_HALF_OF_SHARED_MEMORY = 113 * 1024
 # Every other GPU gets the tables that fit 64 KB of shared memory.
 _GENERATION = {"sm_90": "hopper", "sm_80": "ampere", "sm_100": "ampere", "sm_103": "ampere"}
 # Tensor cores multiply no fewer rows, and no shorter ones.
@@ -137,7 +146,7 @@ def rope_decode_tiles(arch: str, dtype: torch.dtype, head_dim: int, group: int) 
 
     Example:
         >>> rope_decode_tiles("sm_90", torch.bfloat16, 128, group=4)
-        Tiles(block_m=16, block_n=64, num_warps=4, num_stages=2)
+        Tiles(block_m=16, block_n=128, num_warps=4, num_stages=2)
     """
     key = _table_key(dtype, head_dim)
     if _GENERATION.get(arch) == "hopper" and group <= _MIN_DOT_SIZE and key in _HOPPER_ROPE:
@@ -152,13 +161,25 @@ def is_one_row_at_a_time(num_rows: int, dtype: torch.dtype) -> bool:
 
 @functools.cache
 def linear_tiles(
-    arch: str, dtype: torch.dtype, num_rows: int, num_columns: int, depth: int, num_multiprocessors: int
+    arch: str,
+    dtype: torch.dtype,
+    num_rows: int,
+    num_columns: int,
+    depth: int,
+    num_multiprocessors: int,
+    is_aligned: bool,
 ) -> LinearTiles:
     """Tiles of the linear kernels for num_rows rows of depth elements and num_columns rows of weights.
 
+    Args:
+        is_aligned: whether rows and weights can be copied by 16 bytes.
+
     Example:
-        >>> linear_tiles("sm_90", torch.bfloat16, num_rows=1, num_columns=6144, depth=4096, num_multiprocessors=132)
-        LinearTiles(block_m=1, block_n=4, block_k=2048, num_warps=4, num_stages=1, prefetched_bytes=2097152)
+        >>> sizes = dict(num_columns=6144, depth=4096, num_multiprocessors=132, is_aligned=True)
+        >>> linear_tiles("sm_90", torch.bfloat16, num_rows=1, **sizes).block_k
+        2048
+        >>> linear_tiles("sm_90", torch.bfloat16, num_rows=8, **sizes).has_ring
+        True
     """
     if is_one_row_at_a_time(num_rows, dtype):
         num_warps = 8 if depth > _LONG_DEPTH else 4
@@ -166,9 +187,22 @@ def linear_tiles(
         # Eight loads of 16 bytes in flight a thread.
         block_n = num_warps * 32 * (128 // dtype.itemsize) // block_k
         return LinearTiles(1, block_n, block_k, num_warps, num_stages=1, prefetched_bytes=2 * 2**20)
-    one_wave, wider = _LINEAR[_GENERATION.get(arch, "small")][16 if num_rows <= 16 else 32]
+    generation = _GENERATION.get(arch, "small")
+    if generation == "hopper" and is_aligned:
+        return _ring_tiles(num_rows, ceil_div(num_columns, num_multiprocessors))
+    one_wave, wider = _LINEAR["small" if generation == "small" else "ampere"][16 if num_rows <= 16 else 32]
     tiles = one_wave if num_columns <= num_multiprocessors * one_wave.block_n else wider
     return replace(tiles, block_k=min(tiles.block_k, max(_MIN_DOT_SIZE, next_power_of_2(depth))))
+
+
+def _ring_tiles(num_rows: int, columns_per_multiprocessor: int) -> LinearTiles:
+    block_m = 8 if num_rows <= 8 else 16 if num_rows <= 16 else 32
+    block_n = 32 if columns_per_multiprocessor <= 64 else 64
+    slot_bytes = (block_m + block_n) * _RING_BLOCK_K * 2
+    num_slots = min(_RING_MAX_SLOTS, _HALF_OF_SHARED_MEMORY // slot_bytes)
+    if columns_per_multiprocessor <= block_n:
+        num_slots = _RING_SLOTS_OF_ONE_WAVE
+    return LinearTiles(block_m, block_n, _RING_BLOCK_K, _RING_NUM_WARPS, num_slots, prefetched_bytes=0, has_ring=True)
 
 
 def choose_num_splits(num_programs: int, kv_len: int, num_multiprocessors: int) -> int:

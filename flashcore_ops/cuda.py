@@ -155,13 +155,13 @@ def linear(
     output: Tensor,
 ) -> None:
     """Writes the products of `[..., K]` rows with each weight, side by side, into output `[..., N]`."""
-    rows = input.reshape(-1, input.shape[-1])
+    rows = input.reshape(-1, input.shape[-1]).contiguous()
     if rows.shape[0] == 0:
         return
     arch = tuning.architecture(input.device)
     with torch.cuda.device(input.device):
         linear_kernels.linear(
-            rows.contiguous(),
+            rows,
             weights,
             output.view(-1, output.shape[-1]),
             norm_weight=norm_weight,
@@ -176,6 +176,7 @@ def linear(
                 num_columns=output.shape[-1] * (2 if is_gated else 1),
                 depth=rows.shape[1],
                 num_multiprocessors=tuning.num_multiprocessors(input.device),
+                is_aligned=linear_kernels.is_aligned(rows, weights),
             ),
             is_dependent=tuning.supports_dependent_launch(arch),
         )

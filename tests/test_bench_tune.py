@@ -16,7 +16,13 @@ from csrc_free_kernels.tuning import LinearTiles, Tiles
 def shipped(batch: int) -> tune.Choice:
     choice: tune.Choice = {
         kind: tuning.linear_tiles(
-            "sm_90", torch.bfloat16, num_rows=batch, num_columns=columns, depth=depth, num_multiprocessors=132
+            "sm_90",
+            torch.bfloat16,
+            num_rows=batch,
+            num_columns=columns,
+            depth=depth,
+            num_multiprocessors=132,
+            is_aligned=True,
         )
         for kind, (columns, depth) in tune.LINEAR_KINDS.items()
     }
@@ -37,7 +43,7 @@ def test_candidates_start_with_what_is_shipped(batch):
     for choices in tried.values():
         assert len(choices) == len(set(choices)) > 1
     for kind in tune.LINEAR_KINDS:
-        assert all(isinstance(tiles, LinearTiles) and tiles.block_m >= min(batch, 16) for tiles in tried[kind])
+        assert all(isinstance(tiles, LinearTiles) and tiles.block_m >= batch for tiles in tried[kind])
 
 
 def test_launches_take_the_chosen_tiles():
@@ -45,9 +51,7 @@ def test_launches_take_the_chosen_tiles():
     other = LinearTiles(1, 2, 2048, 2, 1)
     with tune.tuned(choice | {"down": other}):
         for kind, (columns, depth) in tune.LINEAR_KINDS.items():
-            tiles = tuning.linear_tiles(
-                "sm_90", torch.bfloat16, num_rows=1, num_columns=columns, depth=depth, num_multiprocessors=132
-            )
+            tiles = tuning.linear_tiles("sm_90", torch.bfloat16, num_columns=columns, depth=depth)
             assert tiles == (other if kind == "down" else choice[kind])
         assert tuning.choose_num_splits(8, 2112, 132) == 33
     assert tuning.choose_num_splits(1, 64, 132) == 1

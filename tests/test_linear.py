@@ -81,6 +81,13 @@ def test_large_gates_do_not_overflow(device, num_rows):
     assert_linear_as_accurate_as_pytorch(linear(*problem.arguments()), problem)
 
 
+@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_what_the_norm_brings_into_range_does_not_overflow(device, dtype, num_rows):
+    problem = make_linear((num_rows, 576), sizes=(24,), dtype=dtype, device=device, has_norm=True)
+    check(replace(problem, input=problem.input * 1e4, norm_weight=problem.norm_weight * 100))
+
+
 @pytest.mark.parametrize("shape", [(64,), (1, 64), (2, 3, 64), (2, 1, 3, 64), (0, 64), (2, 0, 64)], ids=str)
 @pytest.mark.parametrize("is_gated", [False, True])
 def test_leading_dims(device, shape, is_gated):
@@ -118,10 +125,11 @@ def test_constant_weights_change_nothing(device, dtype, num_rows, sizes):
 
 
 @pytest.mark.gpu
-def test_weights_that_the_kernel_ahead_writes():
+@pytest.mark.parametrize("num_rows", [1, 8])
+def test_weights_that_the_kernel_ahead_writes(num_rows):
     """Without the promise, no weight is read before the work that was queued ahead has ended."""
     x = torch.randn(2048, 2048, dtype=torch.bfloat16, device="cuda")
-    weight, row = torch.randn_like(x), torch.randn(1, 2048, dtype=torch.bfloat16, device="cuda")
+    weight, row = torch.randn_like(x), torch.randn(num_rows, 2048, dtype=torch.bfloat16, device="cuda")
     for _ in range(100):
         made = linear(x, [weight])
         output = linear(row, [made])
@@ -145,10 +153,11 @@ def test_more_rows_than_a_grid_dimension(device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("num_rows", [2, 7, 40])
+@pytest.mark.parametrize("depth", [570, 576])
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
-def test_poison_in_a_row_stays_in_it(device, dtype, num_rows, poison):
+def test_poison_in_a_row_stays_in_it(device, dtype, num_rows, depth, poison):
     options = {"has_norm": True, "has_residual": True, "is_gated": True}
-    problem = make_linear((num_rows, 570), sizes=(40, 40), dtype=dtype, device=device, **options)
+    problem = make_linear((num_rows, depth), sizes=(40, 40), dtype=dtype, device=device, **options)
     clean = linear(*problem.arguments())
     poisoned = problem.input.clone()
     poisoned[1, 17] = poison

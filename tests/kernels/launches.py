@@ -45,7 +45,14 @@ def launch_linear(problem: LinearProblem, tiles: LinearTiles | None = None) -> T
     if tiles is None:
         num_columns = sum(weight.shape[0] for weight in problem.weights)
         tiles = linear_tiles(
-            "sm_90", dtype, num_rows=num_rows, num_columns=num_columns, depth=depth, num_multiprocessors=132
+            "sm_90",
+            dtype,
+            num_rows=num_rows,
+            num_columns=num_columns,
+            depth=depth,
+            num_multiprocessors=132,
+            # The interpreter does not run Gluon.
+            is_aligned=not IS_INTERPRETED and linear.is_aligned(problem.input, problem.weights),
         )
     width = sum(weight.shape[0] for weight in problem.weights) // (2 if is_gated else 1)
     output = torch.full((num_rows, width), torch.nan, dtype=_output_dtype(dtype), device=problem.input.device)

@@ -171,9 +171,10 @@ def test_hopper_prefill_uses_wgmma(dtype, head_dim):
 MEMORY_ACCESS = re.compile(r"\b(?:ld(?:\.volatile)?\.global\S*|cp\.async\.c\S*|st\.global\S*|atom\S*|red\.\S*)")
 
 
+@pytest.mark.parametrize("num_rows", [1, 8])
 @pytest.mark.parametrize("layer", ["qkv", "gate_up", "down"])
-def test_weights_that_may_change_are_read_after_the_wait(layer):
-    (kernel,) = compile_linear("sm_90", torch.bfloat16, 1, layer, has_constant_weights=False)
+def test_weights_that_may_change_are_read_after_the_wait(layer, num_rows):
+    (kernel,) = compile_linear("sm_90", torch.bfloat16, num_rows, layer, has_constant_weights=False)
     before, _, after = kernel.assembly.partition("griddepcontrol.wait")
     assert not MEMORY_ACCESS.findall(before)
     assert MEMORY_ACCESS.findall(after)
@@ -213,7 +214,13 @@ def compile_linear(
             is_gated=is_gated,
             has_constant_weights=has_constant_weights,
             tiles=tuning.linear_tiles(
-                arch, dtype, num_rows=num_rows, num_columns=sum(sizes), depth=depth, num_multiprocessors=132
+                arch,
+                dtype,
+                num_rows=num_rows,
+                num_columns=sum(sizes),
+                depth=depth,
+                num_multiprocessors=132,
+                is_aligned=True,
             ),
             is_dependent=tuning.supports_dependent_launch(arch),
         )
@@ -229,11 +236,13 @@ def check_linear(arch: str, dtype: torch.dtype, num_rows: int, layer: str) -> No
         if wait:
             assert "griddepcontrol.launch_dependents" in before
             # What there is besides constant weights the kernel ahead may still be writing. These are marked as read
-            # once, and only the kernel for one row reads some: eight loads a thread, or as many narrower ones.
+            # once in the kernel for one row; the ring's copies test_hopper_reads_weights_by_16_bytes counts.
             accesses = MEMORY_ACCESS.findall(before)
-            if kernel.name == "_row_kernel":
+            if kernel.name == "row_kernel":
                 assert accesses
                 assert all("evict_first" in access for access in accesses), kernel.name
+            elif kernel.name == "ring_kernel":
+                assert set(accesses) == {"cp.async.cg.shared.global"}
             else:
                 assert not accesses, kernel.name
             assert re.search(r"\bst\.global", after)
@@ -268,13 +277,29 @@ def test_linear_full_product(arch, layer, dtype, num_rows):
 
 @pytest.mark.parametrize("layer", ["qkv", "gate_up", "down"])
 def test_hopper_reads_weights_by_16_bytes(layer):
-    """Eight 16-byte loads a thread before the wait for one row, 16-byte copies to shared memory for more."""
+    """Before the wait: for one row eight 16-byte loads a thread, for more all slots of the ring but one."""
     (row_kernel,) = compile_linear("sm_90", torch.bfloat16, 1, layer)
     before, _, _ = row_kernel.assembly.partition("griddepcontrol.wait")
     weight_loads = re.findall(r"ld\.global\.L1::evict_first\S*", before)
     assert len(weight_loads) == 8
     assert all(load.endswith(".v4.b32") for load in weight_loads)
-    tile_kernel = compile_linear("sm_90", torch.bfloat16, 8, layer)[-1]
-    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global [^;]*", tile_kernel.assembly)
-    assert copies
+
+    depth, sizes, _ = LINEAR_LAYERS[layer]
+    tiles = tuning.linear_tiles(
+        "sm_90",
+        torch.bfloat16,
+        num_rows=8,
+        num_columns=sum(sizes),
+        depth=depth,
+        num_multiprocessors=132,
+        is_aligned=True,
+    )
+    (ring_kernel,) = compile_linear("sm_90", torch.bfloat16, 8, layer)
+    before, _, after = ring_kernel.assembly.partition("griddepcontrol.wait")
+    slot_bytes = tiles.block_n * tiles.block_k * torch.bfloat16.itemsize
+    copies = re.findall(r"cp\.async\.\S* [^;]*", before)
+    assert len(copies) == (tiles.num_stages - 1) * slot_bytes // (16 * 32 * tiles.num_warps)
+    copies += re.findall(r"cp\.async\.c[ag]\S* [^;]*", after)
     assert all("], 0x10, " in copy for copy in copies)
+    assert "ldmatrix" in after
+    assert "mma.sync" in after
