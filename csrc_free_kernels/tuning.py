@@ -74,7 +74,7 @@ _LINEAR = {
 # do not depend on how many others there are.
 _RING_BLOCK_K = 256
 _RING_NUM_WARPS = 4
-# Where one program a processor covers the output, all of them together must keep the memory busy. Elsewhere two fit on a
+# Where one program a processor covers the output, its own loads must keep the memory busy. Elsewhere two fit on a
 # processor, so that one loads while the other starts or ends.
 _RING_SLOTS_OF_ONE_WAVE = 6
 _RING_MAX_SLOTS = 4
