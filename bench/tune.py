@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, TypeVar
 from unittest import mock
 
@@ -19,6 +20,7 @@ import typer
 from rich.console import Console
 from torch import Tensor
 
+import flashcore_ops
 from bench.harness import describe, time_interleaved
 from csrc_free_kernels import tuning
 from csrc_free_kernels.tuning import LinearTiles, Tiles
@@ -83,16 +85,17 @@ def make_layer(batch: int, capacity: int) -> Layer:
 
 def run_chain(layers: Sequence[Layer], hidden: Tensor, rotation: Tensor, kv_range: Tensor) -> Tensor:
     """The launches of a decode step through some layers."""
-    ops = torch.ops.flashcore
+    linear = partial(flashcore_ops.linear, has_constant_weights=True)
     for layer in layers:
-        joint = ops.linear(hidden, layer.qkv, layer.norm, 1e-5)
-        heads = (part.unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2) for part in joint.split(WIDTHS, dim=-1))
-        attended = ops.rope_append_attention(
-            *heads, rotation, rotation, layer.key_cache, layer.value_cache, kv_range
+        joint = linear(hidden, layer.qkv, layer.norm)
+        query, key, value = (part.unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2) for part in joint.split(WIDTHS, dim=-1))
+        attended = flashcore_ops.rope_append_attention(
+            *(query, key, value, rotation, rotation, layer.key_cache, layer.value_cache, kv_range),
+            next_weight=layer.output,
         ).transpose(1, 2)
-        hidden = ops.linear(attended.flatten(2), [layer.output], None, 0.0, hidden)
-        gated = ops.linear(hidden, layer.gate_up, layer.norm, 1e-5, None, True)
-        hidden = ops.linear(gated, [layer.down], None, 0.0, hidden)
+        hidden = linear(attended.flatten(2), [layer.output], residual=hidden)
+        gated = linear(hidden, layer.gate_up, layer.norm, is_gated=True)
+        hidden = linear(gated, [layer.down], residual=hidden)
     return hidden
 
 

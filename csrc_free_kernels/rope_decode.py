@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from csrc_free_kernels import combine, dependent_launch, masks, softmax
-from csrc_free_kernels.tuning import SLOTS_PER_SHARE, Tiles, ceil_div, next_power_of_2
+from csrc_free_kernels.tuning import PREFETCHED_BYTES, SLOTS_PER_SHARE, Tiles, ceil_div, next_power_of_2
 
 _SHARE = tl.constexpr(SLOTS_PER_SHARE)
 _PREFETCHED_SLOTS = tl.constexpr(64)
@@ -66,7 +66,18 @@ def _prefetch_share(
     dependent_launch.prefetch_l2(p_value + o_slot * stride_value + tl.minimum(o_value, Dv - 1))
 
 
-@triton.jit(do_not_specialize=["Hkv", "G", "S", "window", "num_splits", "num_row_tiles", "num_rows"])
+@triton.jit
+def _prefetch_next(p_next, num_lines, BLOCK: tl.constexpr):
+    """Asks for the program's share of the next kernel's lines."""
+    ELEMENTS: tl.constexpr = dependent_launch.LINE_BYTES // (p_next.dtype.element_ty.primitive_bitwidth // 8)
+    share = tl.cdiv(num_lines, tl.num_programs(0))
+    o_first = tl.program_id(0) * share
+    for i_line in tl.range(0, share, BLOCK):
+        o_line = tl.minimum(o_first + i_line + tl.arange(0, BLOCK), num_lines - 1)
+        dependent_launch.prefetch_l2(p_next + o_line.to(tl.int64) * ELEMENTS)
+
+
+@triton.jit(do_not_specialize=["Hkv", "G", "S", "window", "num_splits", "num_row_tiles", "num_rows", "num_next_lines"])
 def _rope_decode_kernel(
     p_query,
     p_key,
@@ -81,6 +92,7 @@ def _rope_decode_kernel(
     p_partial_sum,
     p_range,
     p_sinks,
+    p_next,
     stride_query,
     stride_key,
     stride_value,
@@ -101,6 +113,7 @@ def _rope_decode_kernel(
     num_splits,
     num_row_tiles,
     num_rows,
+    num_next_lines,
     D: tl.constexpr,
     Dv: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -190,7 +203,9 @@ def _rope_decode_kernel(
         b_p, b_o, b_max, b_sum = softmax.update(b_s, b_o, b_max, b_sum, to_log2)
         b_o = softmax.accumulate(b_o, b_p, b_v)
 
-    # Only now: what comes next prefetches weights, which must not stand in the way of the cache's slots.
+    # Only now: weights must not stand in the way of the cache's slots, neither these nor what the next kernel asks for.
+    if p_next is not None:
+        _prefetch_next(p_next, num_next_lines, BLOCK=256)
     dependent_launch.launch_dependents(IS_DEPENDENT)
     i_row = i_b * Hkv * G + o_head
     if IS_SPLIT:
@@ -219,12 +234,13 @@ def rope_append_attention(
     window: int,
     softcap: float,
     num_splits: int,
+    next_weight: torch.Tensor | None,
     tiles: Tiles,
     is_dependent: bool,
 ) -> None:
     """Appends the rotated key and value `[B, Hkv, 1, D or Dv]`, and writes attention into output `[B, Hq, 1, Dv]`.
 
-    cos and sin are `[B or 1, 1, D]`; B > 0.
+    cos and sin are `[B or 1, 1, D]`; B > 0. next_weight is contiguous.
     """
     batch, num_query_heads, _, head_dim = query.shape
     num_kv_heads, value_dim = key_cache.shape[1], value_cache.shape[3]
@@ -232,6 +248,9 @@ def rope_append_attention(
     num_row_tiles = ceil_div(group, tiles.block_m)
     scores = softmax.score_scale(scale, softcap)
     partials = combine.allocate_partials(output, num_splits) if num_splits > 1 else None
+    num_next_lines = 0
+    if next_weight is not None and is_dependent:
+        num_next_lines = min(next_weight.nbytes, PREFETCHED_BYTES) // dependent_launch.LINE_BYTES.value
     _rope_decode_kernel[(batch * num_kv_heads * num_row_tiles * num_splits,)](
         query,
         key,
@@ -244,6 +263,7 @@ def rope_append_attention(
         *(partials or (None, None, None)),
         kv_range,
         sinks,
+        next_weight if num_next_lines > 0 else None,
         query.stride()[:2],
         key.stride()[:2],
         value.stride()[:2],
@@ -265,6 +285,7 @@ def rope_append_attention(
         num_splits,
         num_row_tiles,
         batch * num_query_heads,
+        num_next_lines,
         D=head_dim,
         Dv=value_dim,
         BLOCK_D=next_power_of_2(head_dim),

@@ -87,6 +87,8 @@ _MIN_DOT_SIZE = 16
 MAX_DECODE_TOKENS = 16
 # Splits share a KV range in units of this many slots.
 SLOTS_PER_SHARE = 16
+# Of the next kernel's weights, what decode's attention brings into the L2 while the memory would idle.
+PREFETCHED_BYTES = 8 * 2**20
 _MIN_SLOTS_PER_SPLIT = 64
 _MAX_SPLITS = 128
 _WAVES = 2

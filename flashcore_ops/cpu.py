@@ -76,9 +76,13 @@ def rope_append_attention(
     softcap: float,
     sinks: Tensor | None,
     num_splits: int,
+    next_weight: Tensor | None,
     output: Tensor,
 ) -> None:
-    """Rotates and appends one new token a row, and writes attention's result `[B, Hq, 1, Dv]` into output."""
+    """Rotates and appends one new token a row, and writes attention's result `[B, Hq, 1, Dv]` into output.
+
+    num_splits and next_weight have no meaning on the CPU.
+    """
     end = kv_range[:, 1].long()
     append_kv_(key_cache, value_cache, reference.rotate(key, cos, sin), value, end - 1)
     attention(

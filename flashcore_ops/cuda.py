@@ -95,6 +95,7 @@ def rope_append_attention(
     softcap: float,
     sinks: Tensor | None,
     num_splits: int,
+    next_weight: Tensor | None,
     output: Tensor,
 ) -> None:
     """Rotates and appends one new token a row, and writes attention's result `[B, Hq, 1, Dv]` into output."""
@@ -125,6 +126,7 @@ def rope_append_attention(
             window=min(window, kv_len),
             softcap=softcap,
             num_splits=_effective_num_splits(num_splits, num_programs, kv_len, query.device),
+            next_weight=next_weight,
             tiles=tiles,
             is_dependent=tuning.supports_dependent_launch(arch),
         )

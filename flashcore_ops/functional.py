@@ -151,6 +151,7 @@ def rope_append_attention(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     num_splits: int = 0,
+    next_weight: Tensor | None = None,
 ) -> Tensor:
     """Decode's fused form: rotates one new token a row, appends it to its static cache, and attends.
 
@@ -169,6 +170,8 @@ def rope_append_attention(
         kv_range: int32 `[B, 2]` on query's device, (start, end): end counts the new token. start is clamped to
             [0, end]. The host never reads it.
         scale, window, softcap, sinks, num_splits: as `attention`.
+        next_weight: a contiguous tensor that the next kernel reads, such as the weight of the output projection, for a
+            GPU to bring near while attention leaves its memory idle. It changes no result.
 
     Returns:
         `[B, Hq, 1, Dv]` in query's dtype, stored `[B, 1, Hq, Dv]`. A row with end above S or below 1 has no slot: it
@@ -195,7 +198,7 @@ def rope_append_attention(
     """
     return torch.ops.flashcore.rope_append_attention(
         *(query, key, value, cos, sin, key_cache, value_cache, kv_range),
-        *(scale, window, softcap, sinks, num_splits),
+        *(scale, window, softcap, sinks, num_splits, next_weight),
     )
 
 

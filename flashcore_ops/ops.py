@@ -95,11 +95,12 @@ def _rope_append_attention(kernel: Kernel) -> Callable[..., Tensor]:
         softcap: float = 0.0,
         sinks: Tensor | None = None,
         num_splits: int = 0,
+        next_weight: Tensor | None = None,
     ) -> Tensor:
         tensors = (query, key, value, cos, sin, key_cache, value_cache, kv_range)
-        check_rope_append_attention(*tensors, scale, window, softcap, sinks, num_splits)
+        check_rope_append_attention(*tensors, scale, window, softcap, sinks, num_splits, next_weight)
         output = _allocate_output(query, value)
-        kernel(*tensors, _effective_scale(scale, query), window, softcap, sinks, num_splits, output)
+        kernel(*tensors, _effective_scale(scale, query), window, softcap, sinks, num_splits, next_weight, output)
         return output
 
     return rope_append_attention
@@ -187,7 +188,7 @@ OPS = (
         "rope_append_attention",
         "(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor(a!) key_cache, "
         "Tensor(b!) value_cache, Tensor kv_range, float? scale=None, int window=0, float softcap=0.0, "
-        "Tensor? sinks=None, int num_splits=0) -> Tensor",
+        "Tensor? sinks=None, int num_splits=0, Tensor? next_weight=None) -> Tensor",
         _rope_append_attention,
         cpu.rope_append_attention,
         _cuda_rope_append_attention,

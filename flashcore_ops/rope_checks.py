@@ -14,7 +14,7 @@ from flashcore_ops.checks import (
     check_small,
     check_tensors,
 )
-from flashcore_ops.errors import LayoutError, ShapeError
+from flashcore_ops.errors import DeviceError, LayoutError, ShapeError
 
 
 def check_rope_append_attention(
@@ -31,6 +31,7 @@ def check_rope_append_attention(
     softcap: float,
     sinks: Tensor | None,
     num_splits: int,
+    next_weight: Tensor | None,
 ) -> None:
     """Raises a typed error unless `rope_append_attention` can serve these arguments."""
     check_no_gradients(query, key, value, cos, sin, key_cache, value_cache, sinks)
@@ -52,6 +53,25 @@ def check_rope_append_attention(
     check_options(scale, is_causal=True, window=window, softcap=softcap, num_splits=num_splits)
     read = {"query": query, "key": key, "value": value, "cos": cos, "sin": sin}
     check_cache_memory(key_cache, value_cache, read)
+    if next_weight is not None:
+        _check_next_weight(next_weight, query)
+
+
+def _check_next_weight(next_weight: Tensor, query: Tensor) -> None:
+    if next_weight.device != query.device:
+        raise DeviceError.explain(
+            "next_weight",
+            expected=f"query's device {query.device}",
+            got=f"{next_weight.device}",
+            fix="Move it with .to(query.device), or leave it out.",
+        )
+    if not next_weight.is_contiguous():
+        raise LayoutError.explain(
+            "next_weight",
+            expected="a contiguous tensor",
+            got=f"strides {list(next_weight.stride())}",
+            fix="Call .contiguous() on it, or leave it out.",
+        )
 
 
 def _check_rotation(tensor: Tensor, name: str, query: Tensor) -> None:

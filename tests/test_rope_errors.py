@@ -70,6 +70,11 @@ CASES: dict[str, tuple[Callable[[], Arguments], type[FlashCoreError], str]] = {
         "query: expected a number of heads that is a multiple of key's 2, got 5. "
         "Pass query as [B, Hq, Q, D] and key as [B, Hkv, S, D] with Hq = group * Hkv.",
     ),
+    "strided next weight": (
+        lambda: {"next_weight": torch.zeros(8, 4).t()},
+        LayoutError,
+        "next_weight: expected a contiguous tensor, got strides [1, 4]. Call .contiguous() on it, or leave it out.",
+    ),
     "query's head dim": (
         lambda: {"query": torch.zeros(2, 4, 1, 64)},
         ShapeError,

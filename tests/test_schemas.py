@@ -64,7 +64,8 @@ flashcore::rope_append_attention(Tensor query,
   int window=0,
   float softcap=0.,
   Tensor? sinks=None,
-  int num_splits=0) -> Tensor""",
+  int num_splits=0,
+  Tensor? next_weight=None) -> Tensor""",
     )
 
 

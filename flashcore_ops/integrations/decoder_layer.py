@@ -176,6 +176,7 @@ def _attend(
             attention_mask[:, 0, 0],
             attention.scaling,
             window or 0,
+            next_weight=attention.o_proj.weight if _is_fusable(query, attention.o_proj) else None,
         ).transpose(1, 2)
         cache.advance(1)
     else:

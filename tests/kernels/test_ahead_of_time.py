@@ -67,6 +67,7 @@ def compile_rope(
                 window=window,
                 softcap=softcap,
                 num_splits=num_splits,
+                next_weight=torch.empty(4096, 4096, dtype=dtype),
                 tiles=tuning.rope_decode_tiles(arch, dtype, head_dim, group=group),
                 is_dependent=tuning.supports_dependent_launch(arch),
             )

@@ -43,6 +43,7 @@ def launch(problem: RopeProblem, output: torch.Tensor, num_splits: int) -> None:
         window=problem.window,
         softcap=problem.softcap,
         num_splits=num_splits,
+        next_weight=None,
         tiles=TILES,
         is_dependent=is_dependent(problem.query.device),
     )
