@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from csrc_free_kernels import argmax as argmax_kernels
 from csrc_free_kernels import decode, kv_append, prefill, rope_decode, tuning
 from csrc_free_kernels import linear as linear_kernels
+from csrc_free_kernels import step_input as step_input_kernels
 
 
 def attention(
@@ -182,3 +184,42 @@ def linear(
             ),
             is_dependent=tuning.supports_dependent_launch(arch),
         )
+
+
+def step_input(
+    tokens: Tensor,
+    start: Tensor,
+    position_offset: Tensor,
+    length: Tensor,
+    *,
+    embedding: Tensor,
+    inv_freq: Tensor,
+    attention_scaling: float,
+    hidden: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    kv_range: Tensor,
+) -> None:
+    """Writes hidden `[B, 1, K]`, cos and sin `[B, 1, D]` and kv_range `[B, 2]` of tokens `[B, 1]` at slot `length`."""
+    arch = tuning.architecture(tokens.device)
+    with torch.cuda.device(tokens.device):
+        step_input_kernels.step_input(
+            *(tokens, start, position_offset, length),
+            embedding=embedding,
+            inv_freq=inv_freq,
+            attention_scaling=attention_scaling,
+            hidden=hidden,
+            cos=cos,
+            sin=sin,
+            kv_range=kv_range,
+            is_dependent=tuning.supports_dependent_launch(arch),
+        )
+
+
+def argmax(logits: Tensor, tokens: Tensor) -> None:
+    """Writes the first index of each row's largest number of `[B, V]` into tokens, contiguous int64 `[B, 1]`."""
+    if logits.shape[0] == 0:
+        return
+    with torch.cuda.device(logits.device):
+        is_dependent = tuning.supports_dependent_launch(tuning.architecture(logits.device))
+        argmax_kernels.argmax(logits, tokens, is_dependent=is_dependent)

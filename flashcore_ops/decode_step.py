@@ -11,30 +11,31 @@ import torch
 from torch import Tensor
 
 from flashcore_ops.integrations.decoder_layer import is_capturable
+from flashcore_ops.integrations.plain_stack import decode_logits, is_plain_stack
 
 # One capture at a time, since they share a stream.
 _capturing = threading.Lock()
 
 
-def greedy(logits: Tensor) -> Tensor:
+def greedy(logits: Tensor, tokens: Tensor | None = None) -> Tensor:
     """The likeliest token of each row, the first among equals: int64 `[B, 1]` of logits `[B, V]`.
 
-    In two stages, since torch reduces a row of a whole vocabulary with few of the GPU's processors.
+    Args:
+        tokens: int64 `[B, 1]`, contiguous, to write them into; None for a new tensor.
 
     Example:
         >>> greedy(torch.tensor([[0.0, 2.0, 1.0, 2.0]]))
         tensor([[1]])
     """
-    width = _chunk_width(logits.shape[-1])
-    largest, index = logits.unflatten(-1, (-1, width)).max(dim=-1)
-    chunk = largest.argmax(dim=-1, keepdim=True)
-    return chunk * width + index.gather(-1, chunk)
+    if tokens is None:
+        tokens = torch.empty((logits.shape[0], 1), dtype=torch.int64, device=logits.device)
+    if logits.is_cuda and logits.stride(-1) == 1:
+        from flashcore_ops import cuda
 
-
-@functools.cache
-def _chunk_width(vocab_size: int) -> int:
-    """The largest divisor of vocab_size up to 1024."""
-    return next(width for width in range(min(1024, vocab_size), 0, -1) if vocab_size % width == 0)
+        cuda.argmax(logits, tokens)
+    else:
+        torch.argmax(logits, dim=-1, keepdim=True, out=tokens)
+    return tokens
 
 
 class DecodeStep:
@@ -66,6 +67,17 @@ class DecodeStep:
             self.logits = self._forward(self._model)
 
     def _forward(self, model: Any) -> Tensor:
+        if is_plain_stack(model):
+            logits = decode_logits(
+                model,
+                self.cache,
+                tokens=self.tokens,
+                start=self.start,
+                position_offset=self.position_offset,
+                length=self.length,
+            )
+            greedy(logits, self.tokens)
+            return logits
         kv_range = torch.stack((self.start, (self.length + 1).to(torch.int32).expand_as(self.start)), dim=-1)
         outputs = model(
             input_ids=self.tokens,
@@ -75,8 +87,8 @@ class DecodeStep:
             use_cache=True,
             return_dict=True,
         )
-        logits: Tensor = outputs.logits[:, -1]
-        self.tokens.copy_(greedy(logits))
+        logits = outputs.logits[:, -1]
+        greedy(logits, self.tokens)
         return logits
 
 

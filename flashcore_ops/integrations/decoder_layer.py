@@ -54,7 +54,7 @@ class FlashCoreDecoderLayer(nn.Module):
         layer: Any = self
         is_decode = hidden_states.shape[1] == 1 and hidden_states.shape[0] <= MAX_DECODE_ROWS
         is_patched = layer.self_attn.config._attn_implementation == ATTENTION_NAME
-        if not (is_decode and is_patched and _is_bypassable(layer.self_attn, *_ATTENTIONS)):
+        if not (is_decode and is_patched and is_bypassable(layer.self_attn, *_ATTENTIONS)):
             output: Tensor = super().forward(
                 hidden_states,
                 attention_mask=attention_mask,
@@ -136,7 +136,7 @@ def unfuse_modules(model: nn.Module) -> None:
 def _project(attention: Any, norm: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Query `[B, Hq, 1, D]`, key and value `[B, Hkv, 1, D]` of the normed hidden states `[B, 1, K]`."""
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-    if _is_fusable(hidden_states, *projections) and _is_bypassable(norm, *_NORMS):
+    if _is_fusable(hidden_states, *projections) and _is_fusable_norm(hidden_states, norm):
         weights = [projection.weight for projection in projections]
         joint = _linear(hidden_states, weights, norm=norm)
         parts = joint.split([weight.shape[0] for weight in weights], dim=-1)
@@ -211,15 +211,24 @@ def _add_product(projection: Any, input: Tensor, residual: Tensor) -> Tensor:
 
 def _add_mlp(mlp: Any, norm: Any, residual: Tensor) -> Tensor:
     is_standard = (
-        _is_bypassable(mlp, *_MLPS)
-        and _is_bypassable(mlp.act_fn, nn.SiLU, SiLUActivation)
-        and _is_bypassable(norm, *_NORMS)
+        is_bypassable(mlp, *_MLPS)
+        and is_bypassable(mlp.act_fn, nn.SiLU, SiLUActivation)
+        and _is_fusable_norm(residual, norm)
     )
     if not (is_standard and _is_fusable(residual, mlp.gate_proj, mlp.up_proj)):
         return residual + mlp(norm(residual))
     weights = [mlp.gate_proj.weight, mlp.up_proj.weight]
     gated = _linear(residual, weights, norm=norm, is_gated=True)
     return _add_product(mlp.down_proj, gated, residual)
+
+
+def project_normed(head: Any, norm: Any, hidden_states: Tensor) -> Tensor:
+    """head(norm(hidden_states))."""
+    is_decode = hidden_states.shape[1] == 1 and hidden_states.shape[0] <= MAX_DECODE_ROWS
+    if is_decode and _is_fusable(hidden_states, head) and _is_fusable_norm(hidden_states, norm):
+        return _linear(hidden_states, [head.weight], norm=norm)
+    output: Tensor = head(norm(hidden_states))
+    return output
 
 
 def _linear(
@@ -234,7 +243,7 @@ def _linear(
 def _is_fusable(input: Tensor, *linears: Any) -> bool:
     """Whether the linear op can stand in for these modules on this input."""
     for linear in linears:
-        if not _is_bypassable(linear, nn.Linear, FlashCoreLinear) or linear.bias is not None:
+        if not is_bypassable(linear, nn.Linear, FlashCoreLinear) or linear.bias is not None:
             return False
         # Tensor subclasses, quantized or sharded ones say, bring their own matrix product.
         if type(linear.weight) not in (Tensor, nn.Parameter) or not supports_linear(linear.weight, dtype=input.dtype):
@@ -246,7 +255,12 @@ def _needs_gradient(input: Tensor, *linears: Any) -> bool:
     return torch.is_grad_enabled() and (input.requires_grad or any(linear.weight.requires_grad for linear in linears))
 
 
-def _is_bypassable(module: Any, *types: type[nn.Module]) -> bool:
+def _is_fusable_norm(input: Tensor, norm: Any) -> bool:
+    """Whether the linear op can take this norm before its products."""
+    return is_bypassable(norm, *_NORMS) and norm.weight.dtype == input.dtype and norm.weight.is_contiguous()
+
+
+def is_bypassable(module: Any, *types: type[nn.Module]) -> bool:
     """Whether nobody would notice that the module's own call is left out."""
     return type(module) in types and not is_hooked(module)
 

@@ -212,9 +212,13 @@ def test_a_turn_takes_one_step() -> None:
 
 
 @pytest.mark.parametrize("vocab_size", [1, 7, 96, 1024, 1031, 2050, 49152])
-def test_greedy_is_argmax_with_the_first_among_equals(vocab_size: int) -> None:
-    logits = torch.randint(0, 50, (5, vocab_size)).float()
-    assert torch.equal(greedy(logits), torch.from_numpy(logits.numpy().argmax(axis=-1, keepdims=True)))
+def test_greedy_is_argmax_with_the_first_among_equals(vocab_size: int, device: str) -> None:
+    logits = torch.randint(0, 50, (5, vocab_size), device=device).float()
+    expected = torch.from_numpy(logits.cpu().numpy().argmax(axis=-1, keepdims=True))
+    assert torch.equal(greedy(logits).cpu(), expected)
+    tokens = torch.full((5, 1), -1, device=device)
+    assert greedy(logits, tokens) is tokens
+    assert torch.equal(tokens.cpu(), expected)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2-window"])

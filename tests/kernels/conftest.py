@@ -18,12 +18,14 @@ IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # tests/test_attention.py takes a GPU through every dtype; here its time goes to tile edges.
 KERNEL_DTYPES = DTYPES if IS_INTERPRETED else [torch.bfloat16]
 LAUNCHING = [
+    "test_argmax.py",
     "test_decode.py",
     "test_kv_append.py",
     "test_linear.py",
     "test_prefill.py",
     "test_rope_decode.py",
     "test_softmax.py",
+    "test_step_input.py",
 ]
 
 if IS_INTERPRETED:

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from csrc_free_kernels import decode, kv_append, linear, prefill, rope_decode, tuning
+from csrc_free_kernels import argmax, decode, kv_append, linear, prefill, rope_decode, step_input, tuning
 from tests.kernels.ahead_of_time import SHARED_MEMORY_LIMIT, TARGETS, CompiledKernel, compiled_for
 
 HALF, FLOAT = torch.float16, torch.float32
@@ -160,6 +160,32 @@ def test_append(arch):
     with compiled_for(arch) as compiled:
         kv_append.append_kv_(cache, cache, tokens, tokens, torch.zeros(2, dtype=torch.int64))
     check_limits(arch, HALF, compiled)
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+def test_the_ends_of_a_step(arch):
+    tokens, row = torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+    is_dependent = tuning.supports_dependent_launch(arch)
+    with compiled_for(arch) as compiled:
+        argmax.argmax(torch.empty(2, 128_256, dtype=HALF), tokens, is_dependent=is_dependent)
+    check_limits(arch, HALF, compiled)
+    with compiled_for(arch) as compiled:
+        step_input.step_input(
+            *(tokens, row.int(), row, row[0]),
+            embedding=torch.empty(128_256, 4096, dtype=HALF),
+            inv_freq=torch.empty(64),
+            attention_scaling=1.0,
+            hidden=torch.empty(2, 1, 4096, dtype=HALF),
+            cos=torch.empty(2, 1, 128, dtype=HALF),
+            sin=torch.empty(2, 1, 128, dtype=HALF),
+            kv_range=torch.empty(2, 2, dtype=torch.int32),
+            is_dependent=is_dependent,
+        )
+    (kernel,) = compiled
+    # The exact sine reduces large angles on the stack; the approximate one knows no large angles.
+    assert kernel.stack_bytes <= 32
+    assert kernel.spilled_registers == 0
+    assert not re.search(r"(cos|sin)\.approx", kernel.assembly)
 
 
 @pytest.mark.parametrize("dtype", [HALF, torch.bfloat16], ids=str)
