@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -19,12 +20,32 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("device", DEVICES)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    _slow_down_the_other_half_precision(items)
     if torch.cuda.is_available():
         return
     for item in items:
         if item.get_closest_marker("gpu") is not None:
             item.add_marker(pytest.mark.skip(reason="torch sees no GPU"))
+
+
+def _slow_down_the_other_half_precision(items: list[pytest.Item]) -> None:
+    """Marks a GPU test's float16 cases slow where it has bfloat16 cases: their time goes to compiling one code twice."""
+    cases: dict[str, list[tuple[pytest.Item, torch.dtype]]] = defaultdict(list)
+    for item in items:
+        if (
+            item.get_closest_marker("gpu") is not None
+            and isinstance(item, pytest.Function)
+            and hasattr(item, "callspec")
+        ):
+            dtypes = [value for value in item.callspec.params.values() if isinstance(value, torch.dtype)]
+            cases[item.nodeid.partition("[")[0]] += [(item, dtype) for dtype in dtypes]
+    for of_one_test in cases.values():
+        if any(dtype == torch.bfloat16 for _, dtype in of_one_test):
+            for item, dtype in of_one_test:
+                if dtype == torch.float16:
+                    item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

@@ -99,9 +99,18 @@ def compile_step(model: Any, mode: str | None = "reduce-overhead") -> Any:
     return torch.compile(model, mode=mode, fullgraph=True)
 
 
-@pytest.mark.parametrize("is_padded", [False, True])
-@pytest.mark.parametrize("batch_size", [1, 4, 32])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "batch_size", "is_padded"),
+    [
+        pytest.param(family, batch_size, is_padded, marks=pytest.mark.slow)
+        # Every batch and mask in one family; what the others add is a window.
+        if family != "llama" and (batch_size, is_padded) not in ((1, False), (4, True))
+        else (family, batch_size, is_padded)
+        for family in FAMILIES
+        for batch_size in (1, 4, 32)
+        for is_padded in (False, True)
+    ],
+)
 def test_one_graph_serves_every_length(family: str, batch_size: int, is_padded: bool, recordings: Recordings) -> None:
     model = make_model(family, "cuda")
     prompts = [make_prompt(batch_size, length, is_padded) for length in (13, 40, 5)]
@@ -171,9 +180,16 @@ def test_the_code_makes_and_copies_nothing_as_large_as_a_cache(family: str) -> N
     assert not re.search(rf"\b{keys.numel()}\b", code)
 
 
-@pytest.mark.parametrize("is_padded", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize(
+    ("family", "dtype", "is_padded"),
+    [
+        ("llama", torch.float32, False),
+        ("llama", torch.bfloat16, True),
+        ("mistral", torch.float32, True),
+        ("mistral", torch.bfloat16, False),
+    ],
+    ids=str,
+)
 def test_replay_is_the_compiled_code_bit_by_bit(family: str, dtype: torch.dtype, is_padded: bool) -> None:
     model, prompt = patch(make_model(family, "cuda", dtype)), make_prompt(4, 13, is_padded)
     results = []
@@ -251,7 +267,7 @@ print("holes pass", flush=True)
 """
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("mistral", marks=pytest.mark.slow)])
 def test_a_traced_mask_with_holes_raises(family: str) -> None:
     """In a process of its own, since the device's assertion ends a context."""
     finished = subprocess.run(
