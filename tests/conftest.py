@@ -22,7 +22,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    _slow_down_the_other_half_precision(items)
+    _mark_the_other_half_precision_slow(items)
     if torch.cuda.is_available():
         return
     for item in items:
@@ -30,16 +30,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="torch sees no GPU"))
 
 
-def _slow_down_the_other_half_precision(items: list[pytest.Item]) -> None:
-    """Marks a GPU test's float16 cases slow where it has bfloat16 cases: their time goes to compiling one code twice."""
+def _mark_the_other_half_precision_slow(items: list[pytest.Item]) -> None:
+    """A GPU test with bfloat16 cases leaves its float16 cases to slow runs: both are one code, compiled twice."""
     cases: dict[str, list[tuple[pytest.Item, torch.dtype]]] = defaultdict(list)
     for item in items:
-        if (
-            item.get_closest_marker("gpu") is not None
-            and isinstance(item, pytest.Function)
-            and hasattr(item, "callspec")
-        ):
-            dtypes = [value for value in item.callspec.params.values() if isinstance(value, torch.dtype)]
+        callspec = getattr(item, "callspec", None)
+        if callspec is not None and item.get_closest_marker("gpu") is not None:
+            dtypes = [value for value in callspec.params.values() if isinstance(value, torch.dtype)]
             cases[item.nodeid.partition("[")[0]] += [(item, dtype) for dtype in dtypes]
     for of_one_test in cases.values():
         if any(dtype == torch.bfloat16 for _, dtype in of_one_test):

@@ -497,7 +497,7 @@ def test_first_token_is_timed_to_its_end(models, compiled):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["decode", "prefill"])
+@pytest.mark.parametrize("kind", ["decode", pytest.param("prefill", marks=pytest.mark.slow)])
 def test_a_case_on_the_gpu(kind):
     """Every implementation compiles and captures, and is right, on a small model."""
     config = LlamaConfig(**(TINY.to_dict() | {"hidden_size": 512, "head_dim": 128, "intermediate_size": 1024}))
