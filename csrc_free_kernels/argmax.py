@@ -7,11 +7,13 @@ import triton
 import triton.language as tl
 
 from csrc_free_kernels import dependent_launch
+from csrc_free_kernels.launch import Launcher
 from csrc_free_kernels.tuning import ceil_div, next_power_of_2
 
 _CHUNK = 2048
 
 
+@Launcher
 @triton.jit(do_not_specialize=["V"])
 def _chunk_kernel(
     p_logits, p_largest, p_index, stride_logits, V, CHUNK: tl.constexpr, IS_DEPENDENT: tl.constexpr
@@ -30,6 +32,7 @@ def _chunk_kernel(
     tl.store(p_index + i_part, i_chunk * CHUNK + index)
 
 
+@Launcher
 @triton.jit(do_not_specialize=["num_chunks"])
 def _row_kernel(
     p_largest, p_index, p_tokens, num_chunks, BLOCK_CHUNKS: tl.constexpr, IS_DEPENDENT: tl.constexpr
@@ -54,10 +57,19 @@ def argmax(logits: torch.Tensor, tokens: torch.Tensor, *, is_dependent: bool) ->
     largest = logits.new_empty((num_rows, num_chunks), dtype=torch.float32)
     index = logits.new_empty((num_rows, num_chunks), dtype=torch.int32)
     options = dependent_launch.launch_options(is_dependent)
-    _chunk_kernel[(num_chunks, num_rows)](
-        logits, largest, index, logits.stride(0), vocab_size, CHUNK=_CHUNK, IS_DEPENDENT=is_dependent, **options
+    _chunk_kernel(
+        (num_chunks, num_rows),
+        logits,
+        largest,
+        index,
+        logits.stride(0),
+        vocab_size,
+        CHUNK=_CHUNK,
+        IS_DEPENDENT=is_dependent,
+        **options,
     )
-    _row_kernel[(num_rows,)](
+    _row_kernel(
+        (num_rows,),
         largest,
         index,
         tokens,

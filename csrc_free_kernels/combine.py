@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from csrc_free_kernels import dependent_launch, softmax
+from csrc_free_kernels.launch import Launcher
 from csrc_free_kernels.tuning import ceil_div, next_power_of_2
 
 
@@ -39,6 +40,7 @@ def store_partial(p_partial, p_partial_max, p_partial_sum, i_part, b_o, b_max, b
     tl.store(p_partial_sum + i_part, b_sum, mask=m_row)
 
 
+@Launcher
 @triton.jit(do_not_specialize=["Hq", "Q", "num_splits", "num_rows"])
 def _combine_kernel(
     p_output,
@@ -112,7 +114,8 @@ def combine_splits(
     num_splits, num_rows, value_dim = partials.output.shape
     # Narrow programs that load all their splits at once: one trip to memory instead of one for each chunk.
     block_dv = min(32, next_power_of_2(value_dim))
-    _combine_kernel[(num_rows, ceil_div(value_dim, block_dv))](
+    _combine_kernel(
+        (num_rows, ceil_div(value_dim, block_dv)),
         output,
         lse,
         partials.output,

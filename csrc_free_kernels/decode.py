@@ -10,11 +10,13 @@ import triton
 import triton.language as tl
 
 from csrc_free_kernels import combine, dependent_launch, masks, softmax
+from csrc_free_kernels.launch import Launcher
 from csrc_free_kernels.tuning import SLOTS_PER_SHARE, Tiles, ceil_div, next_power_of_2
 
 _SHARE = tl.constexpr(SLOTS_PER_SHARE)
 
 
+@Launcher
 @triton.jit(do_not_specialize=["Hkv", "G", "Q", "S", "window", "num_splits", "num_row_tiles", "num_rows"])
 def _decode_kernel(
     p_query,
@@ -155,7 +157,8 @@ def decode_attention(
     num_rows = batch * num_query_heads * query_len
     scores = softmax.score_scale(scale, softcap)
     partials = combine.allocate_partials(output, num_splits) if num_splits > 1 else None
-    _decode_kernel[(batch * num_kv_heads * num_row_tiles * num_splits,)](
+    _decode_kernel(
+        (batch * num_kv_heads * num_row_tiles * num_splits,),
         query,
         key,
         value,

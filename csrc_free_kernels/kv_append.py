@@ -4,9 +4,11 @@ import torch
 import triton
 import triton.language as tl
 
+from csrc_free_kernels.launch import Launcher
 from csrc_free_kernels.tuning import next_power_of_2
 
 
+@Launcher
 @triton.jit(do_not_specialize=["Hkv", "T", "S"])
 def _append_kernel(
     p_key_cache,
@@ -54,7 +56,8 @@ def append_kv_(
     """Writes key and value `[B, Hkv, T, D or Dv]` into slots `positions[b] + t` of the caches; B, Hkv, T > 0."""
     batch, num_kv_heads, num_tokens, head_dim = key.shape
     value_dim = value.shape[3]
-    _append_kernel[(batch * num_kv_heads * num_tokens,)](
+    _append_kernel(
+        (batch * num_kv_heads * num_tokens,),
         key_cache,
         value_cache,
         key,

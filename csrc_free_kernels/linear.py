@@ -11,9 +11,11 @@ import triton
 import triton.language as tl
 
 from csrc_free_kernels import dependent_launch, linear_portable, softmax
+from csrc_free_kernels.launch import Launcher
 from csrc_free_kernels.tuning import LinearTiles, ceil_div, is_one_row_at_a_time
 
 
+@Launcher
 @triton.jit
 def _norm_kernel(p_input, p_norm, p_output, stride_input, eps, K: tl.constexpr, IS_DEPENDENT: tl.constexpr):
     """RMSNorm of one row, rounded as transformers rounds it: to the row's dtype before the norm's weight."""
@@ -66,20 +68,9 @@ def linear(
     first, second, third = (*weights, weights[0], weights[0])[:3]
     sizes = [weight.shape[0] for weight in (weights[:1] if is_gated else weights)]
     num_tiles = sum(ceil_div(size, tiles.block_n // 2 if is_gated else tiles.block_n) for size in sizes)
-    arguments = {
-        "p_input": rows,
-        "p_residual": residual,
-        "p_output": output,
-        "p_first": first,
-        "p_second": second,
-        "p_third": third,
-        "M": num_rows,
-        "N1": sizes[0],
-        "N2": sizes[1] if len(sizes) > 1 else None,
-        "N3": sizes[2] if len(sizes) > 2 else 0,
-        "num_columns": output.shape[1],
-        "stride_input": rows.stride(0),
-        "stride_residual": 0 if residual is None else residual.stride(0),
+    num_rows_of = (sizes[0], sizes[1] if len(sizes) > 1 else None, sizes[2] if len(sizes) > 2 else 0)
+    strides = (rows.stride(0), 0 if residual is None else residual.stride(0))
+    constants = {
         "K": depth,
         "BLOCK_N": tiles.block_n,
         "BLOCK_K": tiles.block_k,
@@ -92,29 +83,37 @@ def linear(
         # Imported here alone: it needs a Triton that has Gluon.
         from csrc_free_kernels import linear_hopper
 
-        linear_hopper.ring_kernel[(num_tiles, ceil_div(num_rows, tiles.block_m))](
-            p_norm=norm_weight,
-            eps=eps,
+        linear_hopper.ring_kernel(
+            (num_tiles, ceil_div(num_rows, tiles.block_m)),
+            *(rows, norm_weight, eps, residual, output, first, second, third, num_rows, *num_rows_of),
+            *(output.shape[1], *strides),
             BLOCK_M=tiles.block_m,
             NUM_SLOTS=tiles.num_stages,
             HAS_CONSTANT_WEIGHTS=has_constant_weights,
-            **arguments,
+            **constants,
         )
         return
-    if is_gated:
-        arguments["p_second"] = (second.data_ptr() - first.data_ptr()) // second.element_size()
+    second_weight = (second.data_ptr() - first.data_ptr()) // second.element_size() if is_gated else second
+    matrices = (residual, output, first, second_weight, third, num_rows, *num_rows_of, output.shape[1], *strides)
     # A row kernel holds the first block of constant weights in registers by then.
     num_ahead = depth - tiles.block_k if is_one_at_a_time and has_constant_weights else depth
     line_budget = tiles.prefetched_bytes // (output.shape[1] * (2 if is_gated else 1))
-    arguments["NUM_LINES"] = _num_prefetched_lines(num_ahead * rows.element_size(), line_budget)
-    arguments["num_stages"] = tiles.num_stages
+    constants["NUM_LINES"] = _num_prefetched_lines(num_ahead * rows.element_size(), line_budget)
+    constants["num_stages"] = tiles.num_stages
     if is_one_at_a_time:
-        linear_portable.row_kernel[(num_tiles * num_rows,)](
-            p_norm=norm_weight, eps=eps, HAS_CONSTANT_WEIGHTS=has_constant_weights, **arguments
+        linear_portable.row_kernel(
+            (num_tiles * num_rows,),
+            *(rows, norm_weight, eps, *matrices),
+            HAS_CONSTANT_WEIGHTS=has_constant_weights,
+            **constants,
         )
     else:
-        linear_portable.tile_kernel[(num_tiles, ceil_div(num_rows, tiles.block_m))](
-            BLOCK_M=tiles.block_m, DOT_DTYPE=softmax.dot_dtype(rows.dtype), **arguments
+        linear_portable.tile_kernel(
+            (num_tiles, ceil_div(num_rows, tiles.block_m)),
+            *(rows, *matrices),
+            BLOCK_M=tiles.block_m,
+            DOT_DTYPE=softmax.dot_dtype(rows.dtype),
+            **constants,
         )
 
 
@@ -126,7 +125,8 @@ def _num_prefetched_lines(row_bytes: int, budget: int) -> int:
 
 def _norm(rows: torch.Tensor, norm_weight: torch.Tensor, eps: float, is_dependent: bool) -> torch.Tensor:
     normed = rows.new_empty(rows.shape)
-    _norm_kernel[(rows.shape[0],)](
+    _norm_kernel(
+        (rows.shape[0],),
         rows,
         norm_weight,
         normed,

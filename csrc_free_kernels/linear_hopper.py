@@ -15,6 +15,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from csrc_free_kernels.launch import Launcher
+
 
 @gluon.jit
 def _offsets(dim: gl.constexpr, size: gl.constexpr, layout: gl.constexpr):
@@ -41,10 +43,12 @@ def _add_warps(parts, first_row: gl.constexpr, BLOCK_N: gl.constexpr, NUM_WARPS:
     return b_y
 
 
+@Launcher
 @gluon.jit(do_not_specialize=["M", "N1", "N2", "N3"])
 def ring_kernel(
     p_input,
     p_norm,
+    eps,
     p_residual,
     p_output,
     p_first,
@@ -57,7 +61,6 @@ def ring_kernel(
     num_columns,
     stride_input,
     stride_residual,
-    eps,
     K: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,

@@ -11,6 +11,7 @@ import triton.language as tl
 from triton.language.target_info import is_hip
 
 from csrc_free_kernels import dependent_launch
+from csrc_free_kernels.launch import Launcher
 
 
 @triton.jit
@@ -92,10 +93,12 @@ def _gate(b_pairs):
     return b_gate / (1.0 + tl.exp(-b_gate)) * b_up
 
 
+@Launcher
 @triton.jit(do_not_specialize=["N1", "N2", "N3"], do_not_specialize_on_alignment=["M"])
 def row_kernel(
     p_input,
     p_norm,
+    eps,
     p_residual,
     p_output,
     p_first,
@@ -108,7 +111,6 @@ def row_kernel(
     num_columns,
     stride_input,
     stride_residual,
-    eps,
     K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -160,6 +162,7 @@ def row_kernel(
     tl.store(p_output + i_m * num_columns + o_column, b_y.to(p_output.dtype.element_ty), mask=m_column)
 
 
+@Launcher
 @triton.jit(do_not_specialize=["M", "N1", "N2", "N3"])
 def tile_kernel(
     p_input,

@@ -5,9 +5,11 @@ import triton
 import triton.language as tl
 
 from csrc_free_kernels import masks, softmax
+from csrc_free_kernels.launch import Launcher
 from csrc_free_kernels.tuning import Tiles, ceil_div, next_power_of_2
 
 
+@Launcher
 @triton.jit(do_not_specialize=["B", "Hq", "G", "Q", "S", "window"])
 def _prefill_kernel(
     p_query,
@@ -131,7 +133,8 @@ def prefill_attention(
     value_dim = value.shape[3]
     scores = softmax.score_scale(scale, softcap)
     grid = (ceil_div(query_len, tiles.block_m) * batch * num_query_heads,)
-    _prefill_kernel[grid](
+    _prefill_kernel(
+        grid,
         query,
         key,
         value,

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from csrc_free_kernels import combine, dependent_launch, masks, softmax
+from csrc_free_kernels.launch import Launcher
 from csrc_free_kernels.tuning import PREFETCHED_BYTES, SLOTS_PER_SHARE, Tiles, ceil_div, next_power_of_2
 
 _SHARE = tl.constexpr(SLOTS_PER_SHARE)
@@ -77,6 +78,7 @@ def _prefetch_next(p_next, num_lines, BLOCK: tl.constexpr):
         dependent_launch.prefetch_l2(p_next + o_line.to(tl.int64) * ELEMENTS)
 
 
+@Launcher
 @triton.jit(do_not_specialize=["Hkv", "G", "S", "window", "num_splits", "num_row_tiles", "num_rows", "num_next_lines"])
 def _rope_decode_kernel(
     p_query,
@@ -251,7 +253,8 @@ def rope_append_attention(
     num_next_lines = 0
     if next_weight is not None and is_dependent:
         num_next_lines = min(next_weight.nbytes, PREFETCHED_BYTES) // dependent_launch.LINE_BYTES.value
-    _rope_decode_kernel[(batch * num_kv_heads * num_row_tiles * num_splits,)](
+    _rope_decode_kernel(
+        (batch * num_kv_heads * num_row_tiles * num_splits,),
         query,
         key,
         value,

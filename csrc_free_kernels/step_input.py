@@ -7,9 +7,11 @@ import triton
 import triton.language as tl
 
 from csrc_free_kernels import dependent_launch
+from csrc_free_kernels.launch import Launcher
 from csrc_free_kernels.tuning import next_power_of_2
 
 
+@Launcher
 @triton.jit(do_not_specialize=["V"])
 def _step_input_kernel(
     p_tokens,
@@ -79,7 +81,8 @@ def step_input(
     `[D / 2]` in float32.
     """
     depth, num_frequencies = embedding.shape[1], inv_freq.shape[0]
-    _step_input_kernel[(tokens.shape[0],)](
+    _step_input_kernel(
+        (tokens.shape[0],),
         tokens,
         start,
         position_offset,

@@ -180,7 +180,8 @@ def linear(
                 num_columns=output.shape[-1] * (2 if is_gated else 1),
                 depth=rows.shape[1],
                 num_multiprocessors=tuning.num_multiprocessors(input.device),
-                is_aligned=linear_kernels.is_aligned(rows, weights),
+                # One row does not ask.
+                is_aligned=rows.shape[0] > 1 and linear_kernels.is_aligned(rows, weights),
             ),
             is_dependent=tuning.supports_dependent_launch(arch),
         )

@@ -65,18 +65,21 @@ class FlashCoreDecoderLayer(nn.Module):
                 **kwargs,
             )
             return output
-        query, key, value = _project(layer.self_attn, layer.input_layernorm, hidden_states)
+        attention = layer.self_attn
+        query, key, value = _project(attention, layer.input_layernorm, hidden_states)
+        output_weights = _fused_weights(hidden_states, attention.o_proj)
         attended = _attend(
-            layer.self_attn,
+            attention,
             query,
             key,
             value,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             position_embeddings=position_embeddings,
+            next_weight=output_weights[0] if output_weights else None,
             **kwargs,
         )
-        hidden_states = _add_product(layer.self_attn.o_proj, attended, hidden_states)
+        hidden_states = _add_product(attention.o_proj, output_weights, attended, hidden_states)
         return _add_mlp(layer.mlp, layer.post_attention_layernorm, hidden_states)
 
 
@@ -97,8 +100,8 @@ class FlashCoreLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         is_decode = input.dim() == 3 and input.shape[1] == 1 and input.shape[0] <= MAX_DECODE_ROWS
-        if is_decode and _is_fusable(input, self):
-            return _linear(input, [self.weight])
+        if is_decode and (weights := _fused_weights(input, self)):
+            return _linear(input, weights)
         return super().forward(input)
 
 
@@ -136,14 +139,15 @@ def unfuse_modules(model: nn.Module) -> None:
 def _project(attention: Any, norm: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Query `[B, Hq, 1, D]`, key and value `[B, Hkv, 1, D]` of the normed hidden states `[B, 1, K]`."""
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-    if _is_fusable(hidden_states, *projections) and _is_fusable_norm(hidden_states, norm):
-        weights = [projection.weight for projection in projections]
+    weights = _fused_weights(hidden_states, *projections)
+    if weights and _is_fusable_norm(hidden_states, norm):
         joint = _linear(hidden_states, weights, norm=norm)
         parts = joint.split([weight.shape[0] for weight in weights], dim=-1)
     else:
         normed = norm(hidden_states)
         parts = tuple(projection(normed) for projection in projections)
-    query, key, value = (part.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for part in parts)
+    shape = (hidden_states.shape[0], 1, -1, attention.head_dim)
+    query, key, value = (part.view(shape).transpose(1, 2) for part in parts)
     return query, key, value
 
 
@@ -156,9 +160,10 @@ def _attend(
     attention_mask: Tensor | None,
     past_key_values: Any,
     position_embeddings: Any,
+    next_weight: Tensor | None,
     **kwargs: Any,
 ) -> Tensor:
-    """Rotates, appends and attends; returns `[B, 1, Hq * D]`."""
+    """Rotates, appends and attends; returns `[B, 1, Hq * D]`. The next kernel reads next_weight."""
     dropout = attention.attention_dropout if attention.training else 0.0
     check_options(dropout, kwargs)
     cos, sin = position_embeddings
@@ -176,7 +181,7 @@ def _attend(
             attention_mask[:, 0, 0],
             attention.scaling,
             window or 0,
-            next_weight=attention.o_proj.weight if _is_fusable(query, attention.o_proj) else None,
+            next_weight=next_weight,
         ).transpose(1, 2)
         cache.advance(1)
     else:
@@ -203,10 +208,9 @@ def _static_layer(past_key_values: Any, index: int) -> SharedLengthLayer | None:
     return layers[index] if index < len(layers) and isinstance(layers[index], SharedLengthLayer) else None
 
 
-def _add_product(projection: Any, input: Tensor, residual: Tensor) -> Tensor:
-    if _is_fusable(input, projection):
-        return _linear(input, [projection.weight], residual=residual)
-    return residual + projection(input)
+def _add_product(projection: Any, weights: list[Tensor] | None, input: Tensor, residual: Tensor) -> Tensor:
+    """residual + projection(input), where weights are the projection's if the linear op can stand in for it."""
+    return _linear(input, weights, residual=residual) if weights else residual + projection(input)
 
 
 def _add_mlp(mlp: Any, norm: Any, residual: Tensor) -> Tensor:
@@ -215,18 +219,19 @@ def _add_mlp(mlp: Any, norm: Any, residual: Tensor) -> Tensor:
         and is_bypassable(mlp.act_fn, nn.SiLU, SiLUActivation)
         and _is_fusable_norm(residual, norm)
     )
-    if not (is_standard and _is_fusable(residual, mlp.gate_proj, mlp.up_proj)):
+    weights = _fused_weights(residual, mlp.gate_proj, mlp.up_proj) if is_standard else None
+    if not weights:
         return residual + mlp(norm(residual))
-    weights = [mlp.gate_proj.weight, mlp.up_proj.weight]
     gated = _linear(residual, weights, norm=norm, is_gated=True)
-    return _add_product(mlp.down_proj, gated, residual)
+    return _add_product(mlp.down_proj, _fused_weights(gated, mlp.down_proj), gated, residual)
 
 
 def project_normed(head: Any, norm: Any, hidden_states: Tensor) -> Tensor:
     """head(norm(hidden_states))."""
     is_decode = hidden_states.shape[1] == 1 and hidden_states.shape[0] <= MAX_DECODE_ROWS
-    if is_decode and _is_fusable(hidden_states, head) and _is_fusable_norm(hidden_states, norm):
-        return _linear(hidden_states, [head.weight], norm=norm)
+    weights = _fused_weights(hidden_states, head) if is_decode else None
+    if weights and _is_fusable_norm(hidden_states, norm):
+        return _linear(hidden_states, weights, norm=norm)
     output: Tensor = head(norm(hidden_states))
     return output
 
@@ -240,24 +245,27 @@ def _linear(
     return output
 
 
-def _is_fusable(input: Tensor, *linears: Any) -> bool:
-    """Whether the linear op can stand in for these modules on this input."""
+def _fused_weights(input: Tensor, *linears: Any) -> list[Tensor] | None:
+    """The weights of these modules if the linear op can stand in for them on this input."""
+    weights: list[Tensor] = []
     for linear in linears:
         if not is_bypassable(linear, nn.Linear, FlashCoreLinear) or linear.bias is not None:
-            return False
+            return None
+        weight = linear.weight
         # Tensor subclasses, quantized or sharded ones say, bring their own matrix product.
-        if type(linear.weight) not in (Tensor, nn.Parameter) or not supports_linear(linear.weight, dtype=input.dtype):
-            return False
-    return not (torch.is_autocast_enabled(input.device.type) or _needs_gradient(input, *linears))
+        if type(weight) not in (Tensor, nn.Parameter) or not supports_linear(weight, dtype=input.dtype):
+            return None
+        weights.append(weight)
+    return None if torch.is_autocast_enabled(input.device.type) or _needs_gradient(input, *weights) else weights
 
 
-def _needs_gradient(input: Tensor, *linears: Any) -> bool:
-    return torch.is_grad_enabled() and (input.requires_grad or any(linear.weight.requires_grad for linear in linears))
+def _needs_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _is_fusable_norm(input: Tensor, norm: Any) -> bool:
     """Whether the linear op can take this norm before its products."""
-    return is_bypassable(norm, *_NORMS) and norm.weight.dtype == input.dtype and norm.weight.is_contiguous()
+    return is_bypassable(norm, *_NORMS) and supports_linear(norm.weight, dtype=input.dtype)
 
 
 def is_bypassable(module: Any, *types: type[nn.Module]) -> bool:
@@ -272,6 +280,8 @@ def is_hooked(module: nn.Module) -> bool:
         return True
     if _global_forward_hooks or _global_forward_pre_hooks:
         return True
+    if not own["_forward_hooks"]:
+        return False
     # transformers leaves its recorders in place after a call that asked for attention weights or hidden states.
     return any(getattr(hook, "__name__", "") != "output_capturing_hook" for hook in own["_forward_hooks"].values())
 

@@ -16,6 +16,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from csrc_free_kernels.launch import Launcher
+
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -49,7 +51,15 @@ def compiled_for(arch: str) -> Iterator[list[CompiledKernel]]:
     fake_driver = mock.Mock()
     fake_driver.get_current_device.return_value = arch
     fake_driver.get_current_target.return_value = TARGETS[arch]
-    with mock.patch.object(driver, "_active", fake_driver), mock.patch.object(JITFunction, "run", compile_only):
+
+    def always_bind(self: Launcher, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        self.kernel[grid](*arguments, **constants)
+
+    with (
+        mock.patch.object(driver, "_active", fake_driver),
+        mock.patch.object(JITFunction, "run", compile_only),
+        mock.patch.object(Launcher, "__call__", always_bind),
+    ):
         yield compiled
 
 
