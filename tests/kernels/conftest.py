@@ -29,7 +29,7 @@ LAUNCHING = [
 ]
 
 if IS_INTERPRETED:
-    collect_ignore = ["test_ahead_of_time.py", "test_interpreter.py"]
+    collect_ignore = ["test_ahead_of_time.py", "test_interpreter.py", "test_launch.py"]
 elif torch.cuda.is_available():
     collect_ignore = ["test_interpreter.py"]
 else:

@@ -1,0 +1,106 @@
+"""Launcher: what goes straight to a compiled kernel, and what goes through Triton. No GPU launches anything here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from triton import knobs
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from csrc_free_kernels import launch
+from csrc_free_kernels.launch import Launcher
+
+
+@triton.jit
+def _copy_kernel(p_x, p_y, p_bias, stride, N: tl.constexpr, BLOCK: tl.constexpr):
+    o = tl.arange(0, BLOCK)
+    tl.store(p_y + o, tl.load(p_x + o * stride, mask=o < N), mask=o < N)
+
+
+class Recorder:
+    """Stands in for Triton's binding of arguments and for what it compiles, and keeps what each was called with."""
+
+    function, packed_metadata = "function", "metadata"
+
+    def __init__(self) -> None:
+        self.bound: list[tuple[Any, ...]] = []
+        self.launched: list[tuple[Any, ...]] = []
+
+    def bind(self, kernel: Any, *arguments: Any, grid: tuple[int, ...], warmup: bool, **constants: Any) -> Recorder:
+        self.bound.append((*arguments, grid, constants))
+        return self
+
+    def run(self, *arguments: Any) -> None:
+        self.launched.append(arguments)
+
+
+@pytest.fixture
+def recorder() -> Iterator[Recorder]:
+    recorder = Recorder()
+    fake_driver = mock.Mock()
+    fake_driver.get_current_device.return_value = 0
+    fake_driver.get_current_stream.return_value = "stream"
+    with (
+        mock.patch.object(driver, "_active", fake_driver),
+        mock.patch.object(JITFunction, "run", lambda kernel, *args, **kwargs: recorder.bind(kernel, *args, **kwargs)),
+    ):
+        yield recorder
+
+
+def test_the_second_launch_goes_straight_to_the_compiled_kernel(recorder: Recorder) -> None:
+    kernel = Launcher(_copy_kernel)
+    for _ in range(3):
+        x, y = torch.zeros(64), torch.zeros(64)
+        kernel((4, 2), x, y, None, 1, N=7, BLOCK=8, num_warps=2)
+    assert len(recorder.bound) == 1
+    assert recorder.bound[0][3:] == (1, (4, 2), {"N": 7, "BLOCK": 8, "num_warps": 2})
+    assert len(recorder.launched) == 2
+    *fixed, first, second, bias, stride, _, _ = recorder.launched[-1]
+    assert fixed == [4, 2, 1, "stream", "function", "metadata", None, None, None]
+    assert first is x
+    assert second is y
+    assert (bias, stride) == (None, 1)
+
+
+CHANGES: dict[str, Any] = {
+    "dtype": lambda x, y, bias, stride: (x.half(), y, bias, stride),
+    "alignment": lambda x, y, bias, stride: (x[1:], y, bias, stride),
+    "a number": lambda x, y, bias, stride: (x, y, bias, 2),
+    "a tensor where none was": lambda x, y, bias, stride: (x, y, x, stride),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_triton_sees_what_it_may_specialise_on(change: str, recorder: Recorder) -> None:
+    kernel, arguments = Launcher(_copy_kernel), (torch.zeros(64), torch.zeros(64), None, 1)
+    kernel((1,), *arguments, N=7, BLOCK=8)
+    kernel((1,), *CHANGES[change](*arguments), N=7, BLOCK=8)
+    assert len(recorder.bound) == 2
+    kernel((1,), *arguments, N=7, BLOCK=16)
+    assert len(recorder.bound) == 3
+    kernel((1,), *arguments, N=7, BLOCK=8)
+    assert len(recorder.bound) == 3
+
+
+def test_profilers_hear_of_every_launch(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel, x = Launcher(_copy_kernel), torch.zeros(64)
+    hook = mock.Mock(calls=[print])
+    monkeypatch.setattr(knobs.runtime, "launch_enter_hook", hook)
+    for _ in range(3):
+        kernel((1,), x, x, None, 1, N=7, BLOCK=8)
+    assert len(recorder.bound) == 3
+
+
+def test_launches_do_not_pile_up(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_MAX_LAUNCHES", 8)
+    kernel, x = Launcher(_copy_kernel), torch.zeros(64)
+    for stride in range(50):
+        kernel((1,), x, x, None, stride, N=7, BLOCK=8)
+        assert len(kernel._compiled) <= 8
