@@ -11,7 +11,8 @@ from transformers import Cache
 
 from bench.decoders import Decoder, layers_of
 from bench.llama_cases import LlamaCase
-from bench.models import Layer, Models, in_float32, logits_after
+from bench.models import Layer, Models, logits_after
+from flashcore_ops.validation.float32 import in_float32
 
 # Decode steps that a check takes.
 NUM_STEPS = 4

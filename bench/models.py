@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicLayer, LlamaConfig, PreTrainedModel
 
 from bench.llama_cases import ModelSizes
 from flashcore_ops import replace_llama_attention_with_flashcore
+from flashcore_ops.validation.float32 import copy_modules
 
 LLAMA_3_1_8B = "llama-3.1-8b"
 
@@ -91,7 +90,7 @@ def random_model(config: LlamaConfig, dtype: torch.dtype, device: torch.device) 
 
 def share(name: str, plain: PreTrainedModel) -> Models:
     """Adds the patched twin of a plain model."""
-    patched = replace_llama_attention_with_flashcore(_copy_modules(plain))
+    patched = replace_llama_attention_with_flashcore(copy_modules(plain))
     return Models(name, plain=plain, patched=patched, sizes=ModelSizes.of(plain))
 
 
@@ -100,28 +99,6 @@ def logits_after(model: PreTrainedModel, tokens: Tensor, past: Sequence[Layer], 
     """Logits `[B, num_logits, V]` of the last of `tokens` `[B, Q]` that follow `past`, which is left as it is."""
     cache = Cache(layers=[_Past(key, value) for key, value in past])
     return model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=num_logits).logits
-
-
-def in_float32(model: PreTrainedModel) -> PreTrainedModel:
-    """The same model computing in float32. Its weights stay in their own dtype, and are converted as they are used."""
-    exact = _copy_modules(model)
-    inner = exact.model
-    inner.embed_tokens = _InFloat32(inner.embed_tokens)
-    inner.layers = nn.ModuleList(_InFloat32(layer) for layer in inner.layers)
-    inner.norm = _InFloat32(inner.norm)
-    exact.lm_head = _InFloat32(exact.lm_head)
-    return exact
-
-
-class _InFloat32(nn.Module):
-    """Runs a module on a float32 copy of its weights that lives for one call."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return copy.deepcopy(self.module).float()(*args, **kwargs)
 
 
 class _Past(DynamicLayer):
@@ -133,9 +110,3 @@ class _Past(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Layer:
         return torch.cat((self.keys, key_states), dim=2), torch.cat((self.values, value_states), dim=2)
-
-
-def _copy_modules(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of a tree of modules and its configs over the same parameters and buffers."""
-    tensors = chain(model.parameters(), model.buffers())
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})

@@ -1,6 +1,6 @@
 """The `flashcore` command: arguments, errors and exit status. The work is done in flashcore_ops/commands.
 
-Exit status: 0 all went well, 1 a comparison found a difference, 2 the request cannot be served.
+Exit status: 0 all went well, 1 a comparison or a validation failed, 2 the request cannot be served.
 Results go to stdout; status, figures, warnings and errors go to stderr.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -72,6 +73,45 @@ def generate(
         )
         agrees = run_generate(request)
     if not agrees:
+        raise typer.Exit(code=1)
+
+
+@app.command()
+def validate(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="A local model directory or a Hugging Face hub id. Left out: SmolLM2-135M-Instruct.",
+            show_default=False,
+        ),
+    ] = None,
+    random: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Random weights in a known shape instead, such as llama-3.1-8b."),
+    ] = None,
+    dtype: Annotated[
+        str,
+        typer.Option(help="auto, float32, bfloat16 or float16. auto: bfloat16 on a GPU, float32 on the CPU."),
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    baseline: Annotated[
+        bool,
+        typer.Option("--baseline", help="Time decode at 512 to 4096 tokens too, beside sdpa eager and compiled."),
+    ] = False,
+    output: Annotated[
+        Path, typer.Option(help="Directory for report.json, report.md and report.html.")
+    ] = Path("flashcore-validation"),
+) -> None:
+    """Hold a patched model against Hugging Face's sdpa in five scenarios, and write a report."""
+    with plain_errors():
+        from flashcore_ops.commands.validate import ValidateRequest, run_validate
+
+        request = ValidateRequest(
+            model=model, random=random, dtype=dtype, device=device, baseline=baseline, output=output
+        )
+        passed = run_validate(request)
+    if not passed:
         raise typer.Exit(code=1)
 
 

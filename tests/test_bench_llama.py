@@ -35,9 +35,10 @@ from bench.llama_cases import (
 from bench.llama_report import render_columns, render_decode
 from bench.llama_runs import Effort, measure_case
 from bench.logits import fill_randomly, logits_of, make_target, relative_error
-from bench.models import in_float32, llama_3_1_8b, logits_after, random_model, share
+from bench.models import llama_3_1_8b, logits_after, random_model, share
 from bench.results import Results, Row, Skip, merge, read_mergeable, write_results
 from flashcore_ops import is_patched, make_static_cache
+from flashcore_ops.validation.float32 import in_float32
 
 ROOT = Path(__file__).parent.parent
 CEILINGS = Ceilings(copy_tbs=3.0, read_tbs=3.0, matmul_tflops=700.0, graph_kernel_us=1.25)

@@ -1,0 +1,179 @@
+"""The five scenarios: what a model on FlashCore must show beside the same model on Hugging Face's sdpa."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashcore_ops import make_static_cache
+from flashcore_ops.errors import FlashCoreError
+from flashcore_ops.generation import generate_tokens
+from flashcore_ops.kept_steps import capacity_for, kept_steps
+from flashcore_ops.validation.subject import Subject, left_padded
+from flashcore_ops.validation.tokens import Comparison, compare, patched
+
+SHORT, LONG = 50, 200
+# Tokens of the measured caches.
+CACHE_LENGTH, CACHE_BATCH = 2048, 1
+# The bar for what an allocator may add to the arithmetic.
+MEMORY_TOLERANCE = 0.02
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a scenario found.
+
+    Attributes:
+        evidence: one line.
+        text: what the model wrote, if it has a tokenizer.
+        figures: numbers by name, for the report.
+    """
+
+    name: str
+    passed: bool
+    evidence: str
+    text: str | None = None
+    figures: Mapping[str, float | None] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+def next_token(subject: Subject) -> Result:
+    """The likeliest next token of each prompt."""
+    comparisons = [compare(subject, left_padded([prompt]), num_tokens=1) for prompt in subject.prompts()]
+    worst = max(comparisons, key=lambda comparison: comparison.error)
+    passed = all(comparison.agrees for comparison in comparisons)
+    num_equal = sum(comparison.first is None for comparison in comparisons)
+    evidence = f"{num_equal} of {len(comparisons)} equal; logits off by at most {worst.error:.3g}"
+    return Result("next token", passed, evidence, figures=_figures(worst))
+
+
+def short_text(subject: Subject) -> Result:
+    """A text of some length, to be read."""
+    return _text(subject, f"{SHORT} tokens", SHORT)
+
+
+def long_text(subject: Subject) -> Result:
+    """A longer text, written twice: the same tokens, from a cache that neither moves nor grows."""
+    result = _text(subject, f"{LONG} tokens, cache stable", LONG)
+    inputs = left_padded(subject.prompts()[:1])
+    with patched(subject) as model:
+        before = _written_and_memory(model, inputs)
+        after = _written_and_memory(model, inputs)
+    is_stable = before == after
+    evidence = f"{result.evidence}; the cache {'stayed in place' if is_stable else 'moved, grew or told another text'}"
+    return Result(result.name, result.passed and is_stable, evidence, text=result.text, figures=result.figures)
+
+
+def cache_memory(subject: Subject) -> Result:
+    """The bytes of the cache with the model's own KV heads, and with as many as it has query heads."""
+    config = subject.model.config.get_text_config()
+    measured, computed = {}, {}
+    with patched(subject) as model:
+        made = make_static_cache(model, CACHE_BATCH, max_cache_len=1)
+        shape, num_layers = made.layers[0].keys.shape, len(made.layers)
+        del made
+        for name, num_heads in (("GQA", shape[1]), ("MHA", config.num_attention_heads)):
+            elements = num_heads * CACHE_LENGTH * shape[3] * CACHE_BATCH
+            computed[name] = 2 * num_layers * elements * subject.dtype.itemsize
+            measured[name] = _allocated_bytes(subject, (CACHE_BATCH, num_heads, CACHE_LENGTH, shape[3]), num_layers)
+        own = _measure(subject.device, lambda: make_static_cache(model, CACHE_BATCH, CACHE_LENGTH))
+    passed = all(abs(measured[name] / computed[name] - 1) <= MEMORY_TOLERANCE for name in computed)
+    passed = passed and abs(own / computed["GQA"] - 1) <= MEMORY_TOLERANCE
+    evidence = "; ".join(
+        [
+            f"{CACHE_LENGTH} tokens, {shape[1]} KV heads: {_mb(computed['GQA'])} computed, {_mb(own)} measured",
+            f"as MHA, {config.num_attention_heads} heads: {_mb(computed['MHA'])}, {_mb(measured['MHA'])}",
+        ]
+    )
+    figures = {"gqa_bytes": own, "mha_bytes": measured["MHA"], "gqa_bytes_computed": computed["GQA"]}
+    return Result("KV-cache memory, GQA and MHA", passed, evidence, figures=figures)
+
+
+def batch(subject: Subject) -> Result:
+    """Four prompts of different lengths at once, padded on the left."""
+    comparison = compare(subject, left_padded(subject.prompts()), SHORT)
+    name = f"batch of {len(subject.prompts())} prompts"
+    return Result(name, comparison.agrees, comparison.evidence(), figures=_figures(comparison))
+
+
+SCENARIOS: tuple[Callable[[Subject], Result], ...] = (next_token, short_text, long_text, cache_memory, batch)
+
+
+def run_scenario(scenario: Callable[[Subject], Result], subject: Subject) -> Result:
+    """A scenario's result with its time; one that raises has failed."""
+    start = time.perf_counter()
+    if subject.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(subject.device)
+    try:
+        with torch.no_grad():
+            result = scenario(subject)
+    except (FlashCoreError, RuntimeError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        result = Result(scenario.__name__.replace("_", " "), passed=False, evidence=lines[0])
+    figures = dict(result.figures)
+    if subject.device.type == "cuda":
+        figures["peak_bytes"] = float(torch.cuda.max_memory_allocated(subject.device))
+    return Result(
+        result.name,
+        result.passed,
+        result.evidence,
+        text=result.text,
+        figures=figures,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _text(subject: Subject, name: str, num_tokens: int) -> Result:
+    comparison = compare(subject, left_padded(subject.prompts()[:1]), num_tokens)
+    text = subject.text(comparison.tokens[0])
+    return Result(name, comparison.agrees, comparison.evidence(), text=text, figures=_figures(comparison))
+
+
+def _figures(comparison: Comparison) -> dict[str, float | None]:
+    return {
+        "tokens": comparison.num_tokens,
+        "other_tokens": comparison.num_others,
+        "first_difference": None if comparison.first is None else comparison.first[1],
+        "gap_at_first_difference": None if comparison.first is None else comparison.first[4],
+        "noise": comparison.noise,
+        "logit_error": comparison.error,
+        "ms_per_token": comparison.ms_per_token,
+    }
+
+
+def _written_and_memory(model: Any, inputs: dict[str, Tensor]) -> tuple[list[list[int]], list[int], int]:
+    """A long text, where its cache lies, and the GPU memory that is in use afterwards."""
+    tokens = generate_tokens(model, **inputs, max_new_tokens=LONG).tolist()
+    steps = kept_steps(model)
+    with steps.turn():
+        cache = steps.get(model, 1, capacity_for(inputs["input_ids"].shape[1] + LONG)).cache
+    addresses = [address for layer in cache.layers for address in (layer.keys.data_ptr(), layer.values.data_ptr())]
+    is_cuda = inputs["input_ids"].is_cuda
+    return tokens, addresses, torch.cuda.memory_allocated(inputs["input_ids"].device) if is_cuda else 0
+
+
+def _allocated_bytes(subject: Subject, shape: tuple[int, ...], num_layers: int) -> int:
+    def allocate() -> list[Tensor]:
+        return [torch.zeros(shape, dtype=subject.dtype, device=subject.device) for _ in range(2 * num_layers)]
+
+    return _measure(subject.device, allocate)
+
+
+def _measure(device: torch.device, make: Callable[[], Any]) -> int:
+    """Bytes that what `make` returns takes: by the GPU's allocator, or by its tensors' sizes."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        made = make()
+        return torch.cuda.memory_allocated(device) - before
+    made = make()
+    tensors = made if isinstance(made, list) else [t for layer in made.layers for t in (layer.keys, layer.values)]
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
+def _mb(num_bytes: float) -> str:
+    return f"{num_bytes / 1e6:.1f} MB"

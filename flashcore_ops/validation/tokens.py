@@ -1,0 +1,191 @@
+"""Greedy tokens of both, and the rule that says whether they agree.
+
+In float32 the tokens must be equal. In 16 bits two correct kernels part where the two best logits tie within rounding.
+So FlashCore is fed with sdpa's own tokens, and the noise is how far sdpa's logits are from those of the same weights in
+float32. FlashCore's may be twice as far, and prefer another token only where sdpa's two best are that close together.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from flashcore_ops import make_static_cache, replace_llama_attention_with_flashcore, restore_attention
+from flashcore_ops.decode_step import make_decode_step
+from flashcore_ops.generation import stream_tokens
+from flashcore_ops.kept_steps import capacity_for
+from flashcore_ops.validation.float32 import in_float32
+from flashcore_ops.validation.subject import Subject
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What sdpa says: tokens `[B, N]`, the float32 logits `[B, N, V]` that they come from, and the exact ones.
+
+    exact is None for a model in float32.
+    """
+
+    tokens: Tensor
+    logits: Tensor
+    exact: Tensor | None
+
+    def gaps(self) -> Tensor:
+        """`[B, N]`: how far the likeliest token is ahead of the next."""
+        best = self.logits.topk(2, dim=-1).values
+        return best[..., 0] - best[..., 1]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """FlashCore's tokens beside sdpa's.
+
+    Attributes:
+        num_tokens: compared.
+        num_others: of them, those where FlashCore, given the same past, prefers another one.
+        first: where the free texts part: row, index, FlashCore's token, sdpa's, and the gap of sdpa's two best there.
+        largest_gap: of sdpa's two best, where FlashCore prefers another.
+        error: the largest distance of FlashCore's logits from the exact ones, or from sdpa's in float32.
+        noise: the same of sdpa's; None in float32, where none is granted.
+        tokens: FlashCore's, generated freely, `[B, N]`.
+        ms_per_token: of FlashCore's free generation, without the first token.
+    """
+
+    num_tokens: int
+    num_others: int
+    first: tuple[int, int, int, int, float] | None
+    largest_gap: float
+    error: float
+    noise: float | None
+    tokens: list[list[int]]
+    ms_per_token: float | None
+
+    @property
+    def agrees(self) -> bool:
+        if self.noise is None:
+            return self.first is None
+        return self.largest_gap <= self.noise and self.error <= 2 * self.noise
+
+    def evidence(self) -> str:
+        """One line."""
+        parts = [f"{self.num_tokens} tokens compared"]
+        if self.first is None:
+            parts.append("all equal")
+        else:
+            row, index, token, reference_token, gap = self.first
+            where = f"row {row}, " if len(self.tokens) > 1 else ""
+            parts.append(f"first difference at {where}index {index}: {token}, sdpa {reference_token}, gap {gap:.3g}")
+        if self.noise is not None:
+            parts.append(f"{self.num_others} near ties; logits off by {self.error:.3g}, sdpa's by {self.noise:.3g}")
+        if self.ms_per_token is not None:
+            parts.append(f"{self.ms_per_token:.2f} ms a token")
+        return "; ".join(parts)
+
+
+@contextmanager
+def patched(subject: Subject) -> Iterator[Any]:
+    """The subject's model on FlashCore, and on sdpa again afterwards."""
+    try:
+        yield replace_llama_attention_with_flashcore(subject.model)
+    finally:
+        restore_attention(subject.model)
+
+
+def refer(subject: Subject, inputs: dict[str, Tensor], num_tokens: int) -> Reference:
+    """num_tokens greedy tokens of sdpa after the prompts, whatever they are."""
+    model: Any = subject.model
+    model.generation_config = GenerationConfig(pad_token_id=0)
+    output = model.generate(
+        **inputs, do_sample=False, max_new_tokens=num_tokens, return_dict_in_generate=True, output_logits=True
+    )
+    prompt_len = inputs["input_ids"].shape[1]
+    exact = None
+    if subject.dtype != torch.float32:
+        mask = torch.nn.functional.pad(inputs["attention_mask"], (0, num_tokens - 1), value=1)
+        whole = in_float32(model)(
+            input_ids=output.sequences[:, :-1],
+            attention_mask=mask,
+            position_ids=(mask.cumsum(dim=-1) - 1).clamp(min=0),
+            use_cache=False,
+            logits_to_keep=num_tokens,
+        )
+        exact = whole.logits
+    return Reference(output.sequences[:, prompt_len:], torch.stack(output.logits, dim=1).float(), exact)
+
+
+def compare(subject: Subject, inputs: dict[str, Tensor], num_tokens: int) -> Comparison:
+    """Both ways of greedy decoding, num_tokens tokens after the prompts."""
+    reference = refer(subject, inputs, num_tokens)
+    with patched(subject) as model:
+        tokens, ms_per_token = _write(model, inputs, num_tokens)
+        logits = _teach(model, inputs, reference.tokens)
+    gaps = reference.gaps()
+    others = logits.argmax(dim=-1) != reference.tokens
+    exact = reference.logits if reference.exact is None else reference.exact
+    return Comparison(
+        num_tokens=reference.tokens.numel(),
+        num_others=int(others.sum()),
+        first=_first_difference(tokens, reference.tokens.cpu(), gaps),
+        largest_gap=gaps[others].max().item() if others.any() else 0.0,
+        error=_distance(logits, exact),
+        noise=None if reference.exact is None else _distance(reference.logits, exact),
+        tokens=tokens.tolist(),
+        ms_per_token=ms_per_token,
+    )
+
+
+def _distance(logits: Tensor, exact: Tensor) -> float:
+    """The largest difference; infinite if one is NaN."""
+    difference = (logits - exact).abs().max()
+    return torch.inf if difference.isnan() else difference.item()
+
+
+def _write(model: Any, inputs: dict[str, Tensor], num_tokens: int) -> tuple[Tensor, float | None]:
+    """Tokens `[B, N]` of a free generation, and milliseconds for each after the first."""
+    prompts = inputs["input_ids"], inputs["attention_mask"]
+    # Kernels compile, and the step is recorded, in a generation of its own.
+    for _ in stream_tokens(model, *prompts, max_new_tokens=min(2, num_tokens)):
+        pass
+    steps, times = [], []
+    for step in stream_tokens(model, *prompts, max_new_tokens=num_tokens):
+        steps.append(step)
+        times.append(time.perf_counter())
+    ms_per_token = (times[-1] - times[0]) * 1e3 / (num_tokens - 1) if num_tokens > 1 else None
+    return torch.stack(steps, dim=1), ms_per_token
+
+
+def _teach(model: Any, inputs: dict[str, Tensor], tokens: Tensor) -> Tensor:
+    """FlashCore's float32 logits `[B, N, V]` for each of tokens `[B, N]`, given those before it."""
+    batch_size, prompt_len = inputs["input_ids"].shape
+    cache = make_static_cache(model, batch_size, capacity_for(prompt_len + tokens.shape[1]))
+    step = make_decode_step(model, cache)
+    mask = inputs["attention_mask"]
+    padding = prompt_len - mask.sum(dim=-1)
+    positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        prefill = model(**inputs, position_ids=positions, past_key_values=cache, logits_to_keep=1)
+    step.start.copy_(padding)
+    step.position_offset.copy_(padding)
+    logits = [prefill.logits[:, -1].float()]
+    for index in range(tokens.shape[1] - 1):
+        step.tokens.copy_(tokens[:, index : index + 1])
+        step.run()
+        logits.append(step.logits.float())
+    return torch.stack(logits, dim=1)
+
+
+def _first_difference(
+    tokens: Tensor, reference_tokens: Tensor, gaps: Tensor
+) -> tuple[int, int, int, int, float] | None:
+    """The earliest index at which any row differs."""
+    differing = (tokens != reference_tokens).nonzero().tolist()
+    if not differing:
+        return None
+    row, index = min(differing, key=lambda place: (place[1], place[0]))
+    return row, index, int(tokens[row, index]), int(reference_tokens[row, index]), gaps[row, index].item()
