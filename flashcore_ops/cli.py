@@ -99,9 +99,9 @@ def validate(
         bool,
         typer.Option("--baseline", help="Time decode at 512 to 4096 tokens too, beside sdpa eager and compiled."),
     ] = False,
-    output: Annotated[
-        Path, typer.Option(help="Directory for report.json, report.md and report.html.")
-    ] = Path("flashcore-validation"),
+    output: Annotated[Path, typer.Option(help="Directory for report.json, report.md and report.html.")] = Path(
+        "flashcore-validation"
+    ),
 ) -> None:
     """Hold a patched model against Hugging Face's sdpa in five scenarios, and write a report."""
     with plain_errors():

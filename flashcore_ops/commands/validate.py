@@ -51,9 +51,7 @@ def run_validate(request: ValidateRequest) -> bool:
         FlashCoreError: if the request cannot be served.
     """
     if request.model is not None and request.random is not None:
-        raise OptionError.explain(
-            "MODEL and --random", expected="one of them", got="both", fix="Leave one out."
-        )
+        raise OptionError.explain("MODEL and --random", expected="one of them", got="both", fix="Leave one out.")
     check_matplotlib()
     console = stderr_console()
     subject = load_subject(request, console)
@@ -86,9 +84,7 @@ def load_subject(request: ValidateRequest, console: Console) -> Subject:
     return Subject(request.model or "SmolLM2-135M-Instruct", model, tokenizer)
 
 
-def run_scenarios(
-    subject: Subject, console: Console, *, has_baseline: bool
-) -> tuple[list[Result], list[Latency]]:
+def run_scenarios(subject: Subject, console: Console, *, has_baseline: bool) -> tuple[list[Result], list[Latency]]:
     """Every scenario's result, and the baseline's figures if asked for. A terminal sees how far it is."""
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     results: list[Result] = []

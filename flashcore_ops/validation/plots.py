@@ -21,7 +21,10 @@ def check_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise MissingDependencyError.explain(
-            "flashcore validate", expected="matplotlib, for the report's plots", got=str(error), fix="Install matplotlib."
+            "flashcore validate",
+            expected="matplotlib, for the report's plots",
+            got=str(error),
+            fix="Install matplotlib.",
         ) from error
 
 
@@ -89,4 +92,4 @@ def plot_lines(series: Mapping[str, Mapping[int, float]], y_label: str, is_logar
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     _, _, body = buffer.getvalue().partition("<svg")
-    return "<svg" + body.replace(_INK, "currentColor").strip()
+    return "<svg" + body.replace(_INK, "currentColor").rstrip()

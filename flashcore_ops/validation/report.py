@@ -82,7 +82,8 @@ def to_html(report: Report) -> str:
     plots = {}
     if report.latencies:
         plots["Decode latency"] = plot_latencies(report.latencies)
-        plots["Speedup"] = plot_speedups(report.latencies)
+        if len(latency_table(report.latencies)[0]) > 1:
+            plots["Speedup"] = plot_speedups(report.latencies)
     if report.cache_bytes:
         plots["KV-cache memory"] = plot_memory(report.cache_bytes)
     environment = Environment(loader=PackageLoader("flashcore_ops.validation", "."), autoescape=True)
