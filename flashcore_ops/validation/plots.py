@@ -43,7 +43,8 @@ def plot_speedups(latencies: Sequence[Latency]) -> str:
     for latency in latencies:
         if latency.impl != FLASHCORE:
             series.setdefault(f"over {latency.impl}", {})[latency.length] = latency.ms / ours[latency.length]
-    return plot_lines(series, y_label="speedup (times)")
+    # In the colours that they have beside FlashCore.
+    return plot_lines(series, y_label="speedup (times)", first_color=1)
 
 
 def plot_memory(bytes_by_length: Mapping[str, Mapping[int, float]]) -> str:
@@ -54,7 +55,9 @@ def plot_memory(bytes_by_length: Mapping[str, Mapping[int, float]]) -> str:
     return plot_lines(series, y_label="KV cache (GB a sequence)", is_logarithmic=True)
 
 
-def plot_lines(series: Mapping[str, Mapping[int, float]], y_label: str, is_logarithmic: bool = False) -> str:
+def plot_lines(
+    series: Mapping[str, Mapping[int, float]], y_label: str, is_logarithmic: bool = False, first_color: int = 0
+) -> str:
     """Lines over lengths as one SVG element.
 
     Example:
@@ -74,7 +77,7 @@ def plot_lines(series: Mapping[str, Mapping[int, float]], y_label: str, is_logar
     with rc_context(style):
         figure = Figure(figsize=(6.4, 4.0), layout="constrained")
         axes = figure.subplots()
-        for (name, line), color in zip(series.items(), _COLORS, strict=False):
+        for (name, line), color in zip(series.items(), _COLORS[first_color:], strict=False):
             axes.plot(list(line), list(line.values()), marker="o", color=color, label=name)
         lengths = sorted({length for line in series.values() for length in line})
         axes.set_xscale("log", base=2)

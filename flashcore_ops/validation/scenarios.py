@@ -49,6 +49,9 @@ def next_token(subject: Subject) -> Result:
     passed = all(comparison.agrees for comparison in comparisons)
     num_equal = sum(comparison.first is None for comparison in comparisons)
     evidence = f"{num_equal} of {len(comparisons)} equal; logits off by at most {worst.error:.3g}"
+    for comparison in comparisons:
+        if comparison.first is not None:
+            evidence += f"; {comparison.evidence()}"
     return Result("next token", passed, evidence, figures=_figures(worst))
 
 
@@ -129,8 +132,9 @@ def run_scenario(scenario: Callable[[Subject], Result], subject: Subject) -> Res
 
 
 def _text(subject: Subject, name: str, num_tokens: int) -> Result:
-    comparison = compare(subject, left_padded(subject.prompts()[:1]), num_tokens)
-    text = subject.text(comparison.tokens[0])
+    prompt = subject.prompts()[0]
+    comparison = compare(subject, left_padded([prompt]), num_tokens)
+    text = subject.text([*prompt.tolist(), *comparison.tokens[0]])
     return Result(name, comparison.agrees, comparison.evidence(), text=text, figures=_figures(comparison))
 
 
