@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicLayer, LlamaConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicLayer, PreTrainedModel
 
 from bench.llama_cases import ModelSizes
 from flashcore_ops import replace_llama_attention_with_flashcore
+from flashcore_ops.model_shapes import random_model, shape_config
 
 LLAMA_3_1_8B = "llama-3.1-8b"
 
@@ -39,39 +40,13 @@ class Models:
         return self.plain.device
 
 
-def llama_3_1_8b(layers: int | None = None) -> LlamaConfig:
-    """The shape of LLaMA-3.1-8B, or its first layers.
-
-    Source: https://huggingface.co/meta-llama/Llama-3.1-8B
-    """
-    return LlamaConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32 if layers is None else layers,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        max_position_embeddings=131072,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=False,
-        rope_parameters={
-            "rope_type": "llama3",
-            "rope_theta": 500000.0,
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-    )
-
-
 def make_models(path: Path | None, layers: int | None, device: torch.device) -> Models:
     """A bf16 model from a checkpoint's directory, or of LLaMA-3.1-8B's shape with random weights.
 
     layers: keep that many from the first on; None keeps all.
     """
     if path is None:
-        return share(LLAMA_3_1_8B, random_model(llama_3_1_8b(layers), torch.bfloat16, device))
+        return share(LLAMA_3_1_8B, random_model(shape_config(LLAMA_3_1_8B, layers), torch.bfloat16, device))
     config = AutoConfig.from_pretrained(path, local_files_only=True)
     if layers is not None:
         config.num_hidden_layers = layers
@@ -79,14 +54,6 @@ def make_models(path: Path | None, layers: int | None, device: torch.device) -> 
         path, config=config, dtype=torch.bfloat16, attn_implementation="sdpa", local_files_only=True
     )
     return share(path.resolve().name, model.to(device).eval())
-
-
-def random_model(config: LlamaConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """A model with normal random weights, always the same, made on its device: 8 billion of them take a moment."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.device(device):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    return model.eval()
 
 
 def share(name: str, plain: PreTrainedModel) -> Models:

@@ -35,9 +35,10 @@ from bench.llama_cases import (
 from bench.llama_report import render_columns, render_decode
 from bench.llama_runs import Effort, measure_case
 from bench.logits import fill_randomly, logits_of, make_target, relative_error
-from bench.models import in_float32, llama_3_1_8b, logits_after, random_model, share
+from bench.models import LLAMA_3_1_8B, in_float32, logits_after, share
 from bench.results import Results, Row, Skip, merge, read_mergeable, write_results
 from flashcore_ops import is_patched, make_static_cache
+from flashcore_ops.model_shapes import random_model, shape_config
 
 ROOT = Path(__file__).parent.parent
 CEILINGS = Ceilings(copy_tbs=3.0, read_tbs=3.0, matmul_tflops=700.0, graph_kernel_us=1.25)
@@ -117,9 +118,10 @@ def test_examples(module):
 
 def test_sizes_are_those_of_the_8b_shape():
     with torch.device("meta"):
-        model = random_model(llama_3_1_8b(), torch.bfloat16, torch.device("meta"))
+        model = random_model(shape_config(LLAMA_3_1_8B), torch.bfloat16, torch.device("meta"))
     assert ModelSizes.of(model) == SIZES_8B
-    assert ModelSizes.of(random_model(llama_3_1_8b(layers=2), torch.bfloat16, torch.device("meta"))).num_layers == 2
+    short = random_model(shape_config(LLAMA_3_1_8B, num_layers=2), torch.bfloat16, torch.device("meta"))
+    assert ModelSizes.of(short).num_layers == 2
 
 
 def test_sizes_of_tied_weights_count_the_table():
