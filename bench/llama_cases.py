@@ -1,4 +1,4 @@
-"""What bench.llama measures: shapes of whole-model runs, and the only place with their byte formulas."""
+"""What bench.llama measures: shapes of whole-model runs, and their byte formulas."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
 from transformers import PreTrainedModel
+
+from flashcore_ops.kv_memory import KVShape, weight_bytes
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 32768)
 BATCHES = (1, 8, 32)
@@ -78,12 +79,10 @@ class ModelSizes:
         """The sizes of a causal language model, whose KV cache has the dtype of its embedding."""
         config, table = model.config, model.get_input_embeddings().weight
         is_tied = model.get_output_embeddings().weight is table
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        kv_elements = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
         return cls(
-            step_weights=_num_bytes(model) - (0 if is_tied else table.nbytes),
+            step_weights=weight_bytes(model) - (0 if is_tied else table.nbytes),
             embedding_row=table[0].nbytes,
-            kv_token=kv_elements * table.dtype.itemsize,
+            kv_token=KVShape.of(config).token_bytes(table.dtype),
             num_layers=config.num_hidden_layers,
             group=config.num_attention_heads // config.num_key_value_heads,
         )
@@ -158,7 +157,3 @@ def _case(
     kind: Literal["decode", "prefill", "compile"], *, model: str, layers: int, batch: int, length: int
 ) -> LlamaCase:
     return LlamaCase(kind, model, layers=layers, batch=batch, length=length, capacity=usual_capacity(length))
-
-
-def _num_bytes(model: nn.Module) -> int:
-    return sum(parameter.nbytes for parameter in model.parameters())

@@ -132,6 +132,61 @@ def info(
             Console().print(render_info(found))
 
 
+@app.command()
+def memory(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL_OR_CONFIG",
+            help="A shape such as llama-3.1-8b, a model directory, a config.json, or a Hugging Face hub id.",
+        ),
+    ],
+    gpu_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE|NAME",
+            help="A size such as 80GB, or a GPU such as H100. Left out: the GPU that torch sees, else 80GB.",
+            show_default=False,
+        ),
+    ] = None,
+    batch: Annotated[
+        list[int] | None,
+        typer.Option(help="Rows of the cache; repeat it for several. Left out: 1, 8, 32.", show_default=False),
+    ] = None,
+    length: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Tokens a row, prompt included; repeat it for several. Left out: 512 to 131072.", show_default=False
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="Size of the weights. Left out: as many as the model has, in bf16.", show_default=False
+        ),
+    ] = None,
+    reserve: Annotated[
+        str, typer.Option(metavar="SIZE", help="Kept free for activations, logits and graphs.")
+    ] = "2GiB",
+) -> None:
+    """Show a model's KV-cache memory, MHA beside GQA, and what fits into a GPU."""
+    with plain_errors():
+        from rich.console import Console
+
+        from flashcore_ops.commands.memory import MemoryRequest, make_report
+        from flashcore_ops.commands.memory_tables import render_memory
+
+        request = MemoryRequest(
+            model=model,
+            gpu_memory=gpu_memory,
+            batches=batch or (),
+            lengths=length or (),
+            weights=weights,
+            reserve=reserve,
+        )
+        Console(highlight=False).print(render_memory(make_report(request)))
+
+
 @contextmanager
 def plain_errors() -> Iterator[None]:
     """Turns errors raised on purpose into one line on stderr and exit status 2."""

@@ -88,6 +88,23 @@ def test_the_ladder_and_the_number_of_kept_caches_are_those_of_the_code():
     assert f"A model keeps at most {MAX_KEPT}," in README
 
 
+def test_the_memory_example_gives_its_figures():
+    pytest.importorskip("transformers")
+    from typer.testing import CliRunner
+
+    from flashcore_ops.cli import app
+
+    section = README.split("## Memory\n")[1].split("\n## ")[0]
+    (command,) = re.findall(r"```bash\nflashcore (.*)\n```", section)
+    result = CliRunner().invoke(app, command.split(), env={"FORCE_COLOR": None, "COLUMNS": "80"})
+    assert result.exit_code == 0, result.output
+    rows = [line.split() for line in result.stdout.splitlines()]
+    assert ["8", "2,048", "2.1", "GB", "8.6", "GB", "1.1", "GB", "4.3", "GB"] in rows
+    assert "8 rows of 2048 tokens: 2.1 GB in bf16, and 8.6 GB as MHA" in section
+    batches, lengths = (row for row in rows if row[:1] in (["2,048"], ["8"]) and len(row) == 5)
+    assert f"the largest batch at 2048 tokens is {batches[1]}, the largest length at batch 8 is {lengths[1]}" in section
+
+
 def test_the_op_by_itself_runs():
     (block,) = [block for block in code_blocks("python") if "append_kv_(" in block]
     names: dict[str, torch.Tensor] = {}

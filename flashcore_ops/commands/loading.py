@@ -17,18 +17,21 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
+    StrictDataclassError,
 )
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from flashcore_ops.errors import DeviceError, DtypeError, OptionError
 from flashcore_ops.integrations.families import check_model
+from flashcore_ops.model_shapes import SHAPES, shape_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -134,6 +137,30 @@ def load_model(
     return model.to(device).eval(), tokenizer
 
 
+def load_config(name: str) -> PreTrainedConfig:
+    """The config of a model: a named shape's, a directory's, a config.json's, or a hub model's. No weights are fetched.
+
+    Raises:
+        OptionError: if there is no such model or transformers cannot read its config.
+    """
+    if name in SHAPES:
+        return shape_config(name)
+    path = Path(name)
+    if not name or (not path.exists() and "/" not in name):
+        # A hub id of one word is most likely a shape's name mistyped, which the hub would not tell.
+        raise OptionError.explain(
+            "MODEL_OR_CONFIG",
+            expected=f"a model directory, a config.json, a hub id such as owner/name, or one of {', '.join(SHAPES)}",
+            got=repr(name),
+            fix="Check the name or the path.",
+        )
+    if not path.is_file():
+        check_model_name(name)
+    with load_errors(name, expected="a config that transformers can load"):
+        local_only = path.exists() or not hub_answers(name)
+        return AutoConfig.from_pretrained(name, local_files_only=local_only, trust_remote_code=False)
+
+
 def hub_answers(hub_id: str) -> bool:
     """Whether the hub can be asked for this model now.
 
@@ -158,7 +185,7 @@ def load_errors(name: str, *, expected: str) -> Iterator[None]:
     """
     try:
         yield
-    except (ImportError, OSError, RuntimeError, ValueError, SafetensorError) as error:
+    except (ImportError, OSError, RuntimeError, ValueError, SafetensorError, StrictDataclassError) as error:
         known = known_hub_problem(error)
         got = f"{type(error).__name__} ({first_line(error)})"
         expected, got, fix = known or (expected, got, "Check the model's files.")
@@ -206,5 +233,5 @@ def cause_chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, without its full stop."""
-    return (str(error).strip().splitlines() or [""])[0].rstrip(". ")
+    """The first line of an error's text, without the stop or colon at its end."""
+    return (str(error).strip().splitlines() or [""])[0].rstrip(".: ")

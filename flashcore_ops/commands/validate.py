@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -21,6 +20,7 @@ from flashcore_ops.commands.console import stage, stderr_console
 from flashcore_ops.commands.loading import check_model_name, load_model, resolve_device, resolve_dtype
 from flashcore_ops.default_model import default_model_path
 from flashcore_ops.errors import OptionError
+from flashcore_ops.kv_memory import KVShape
 from flashcore_ops.model_shapes import random_model, shape_config
 from flashcore_ops.validation.baseline import Latency, judge, measure_latencies
 from flashcore_ops.validation.plots import check_matplotlib
@@ -122,14 +122,12 @@ def describe(subject: Subject) -> dict[str, str]:
 
 def cache_bytes_by_length(subject: Subject) -> dict[str, dict[int, float]]:
     """Bytes of one sequence's KV cache, with the model's KV heads and with as many as it has query heads."""
-    model: Any = subject.model
-    config = model.config.get_text_config()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    a_head = 2 * config.num_hidden_layers * head_dim * subject.dtype.itemsize
-    heads = {"GQA": config.num_key_value_heads, "MHA": config.num_attention_heads}
+    shape = KVShape.of(subject.model.config)
     return {
-        f"{name}, {num_heads} heads": {length: float(a_head * num_heads * length) for length in PLOTTED_LENGTHS}
-        for name, num_heads in heads.items()
+        f"{name}, {heads.num_kv_heads} heads": {
+            length: float(heads.cache_bytes(batch=1, length=length, dtype=subject.dtype)) for length in PLOTTED_LENGTHS
+        }
+        for name, heads in (("GQA", shape), ("MHA", shape.as_mha()))
     }
 
 

@@ -14,6 +14,7 @@ from flashcore_ops import make_static_cache
 from flashcore_ops.errors import FlashCoreError
 from flashcore_ops.generation import generate_tokens
 from flashcore_ops.kept_steps import capacity_for, kept_steps
+from flashcore_ops.kv_memory import KVShape
 from flashcore_ops.validation.subject import Subject, left_padded
 from flashcore_ops.validation.tokens import Comparison, compare, patched
 
@@ -74,27 +75,17 @@ def long_text(subject: Subject) -> Result:
 
 def cache_memory(subject: Subject) -> Result:
     """The bytes of the cache with the model's own KV heads, and with as many as it has query heads."""
-    config = subject.model.config.get_text_config()
-    measured, computed = {}, {}
+    shape = KVShape.of(subject.model.config)
     with patched(subject) as model:
-        made = make_static_cache(model, CACHE_BATCH, max_cache_len=1)
-        shape, num_layers = made.layers[0].keys.shape, len(made.layers)
-        del made
-        for name, num_heads in (("GQA", shape[1]), ("MHA", config.num_attention_heads)):
-            elements = num_heads * CACHE_LENGTH * shape[3] * CACHE_BATCH
-            computed[name] = 2 * num_layers * elements * subject.dtype.itemsize
-            measured[name] = _allocated_bytes(subject, (CACHE_BATCH, num_heads, CACHE_LENGTH, shape[3]), num_layers)
-        own = _measure(subject.device, lambda: make_static_cache(model, CACHE_BATCH, CACHE_LENGTH))
-    passed = all(abs(measured[name] / computed[name] - 1) <= MEMORY_TOLERANCE for name in computed)
-    passed = passed and abs(own / computed["GQA"] - 1) <= MEMORY_TOLERANCE
-    evidence = "; ".join(
-        [
-            f"{CACHE_LENGTH} tokens, {shape[1]} KV heads: {_mb(computed['GQA'])} computed, {_mb(own)} measured",
-            f"as MHA, {config.num_attention_heads} heads: {_mb(computed['MHA'])}, {_mb(measured['MHA'])}",
-        ]
-    )
-    figures = {"gqa_bytes": own, "mha_bytes": measured["MHA"], "gqa_bytes_computed": computed["GQA"]}
-    return Result("KV-cache memory, GQA and MHA", passed, evidence, figures=figures)
+        gqa = _measure(subject.device, lambda: make_static_cache(model, CACHE_BATCH, CACHE_LENGTH))
+    mha = _measure(subject.device, lambda: _allocate(subject, shape.as_mha()))
+    evidence, passed = [f"{CACHE_LENGTH} tokens"], True
+    for name, heads, measured in (("GQA", shape, gqa), ("MHA", shape.as_mha(), mha)):
+        computed = heads.cache_bytes(CACHE_BATCH, CACHE_LENGTH, subject.dtype)
+        passed = passed and abs(measured / computed - 1) <= MEMORY_TOLERANCE
+        evidence.append(f"{name}, {heads.num_kv_heads} heads: {_mb(computed)} computed, {_mb(measured)} measured")
+    figures = {"gqa_bytes": float(gqa), "mha_bytes": float(mha)}
+    return Result("KV-cache memory, GQA and MHA", passed, "; ".join(evidence), figures=figures)
 
 
 def batch(subject: Subject) -> Result:
@@ -161,11 +152,9 @@ def _written_and_memory(model: Any, inputs: dict[str, Tensor]) -> tuple[list[lis
     return tokens, addresses, torch.cuda.memory_allocated(inputs["input_ids"].device) if is_cuda else 0
 
 
-def _allocated_bytes(subject: Subject, shape: tuple[int, ...], num_layers: int) -> int:
-    def allocate() -> list[Tensor]:
-        return [torch.zeros(shape, dtype=subject.dtype, device=subject.device) for _ in range(2 * num_layers)]
-
-    return _measure(subject.device, allocate)
+def _allocate(subject: Subject, shape: KVShape) -> list[Tensor]:
+    size = (CACHE_BATCH, shape.num_kv_heads, CACHE_LENGTH, shape.head_dim)
+    return [torch.zeros(size, dtype=subject.dtype, device=subject.device) for _ in range(2 * shape.num_layers)]
 
 
 def _measure(device: torch.device, make: Callable[[], Any]) -> int:
