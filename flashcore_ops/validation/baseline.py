@@ -14,6 +14,7 @@ from transformers import DynamicCache, StaticCache
 
 from flashcore_ops import make_static_cache
 from flashcore_ops.decode_step import make_decode_step
+from flashcore_ops.kv_memory import KVShape
 from flashcore_ops.validation.scenarios import Result
 from flashcore_ops.validation.subject import Subject
 from flashcore_ops.validation.tokens import patched
@@ -110,15 +111,13 @@ def _compiled_step(subject: Subject, length: int) -> Callable[[], object]:
 
 def _random_layers(subject: Subject, length: int) -> list[tuple[Tensor, Tensor]]:
     """Keys and values `[1, Hkv, length, D]` of each layer."""
-    model: Any = subject.model
-    config = model.config.get_text_config()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    shape = (1, config.num_key_value_heads, length, head_dim)
+    shape = KVShape.of(subject.model.config)
 
     def states() -> Tensor:
-        return torch.randn(shape, dtype=subject.dtype, device=subject.device)
+        size = (1, shape.num_kv_heads, length, shape.head_dim)
+        return torch.randn(size, dtype=subject.dtype, device=subject.device)
 
-    return [(states(), states()) for _ in range(config.num_hidden_layers)]
+    return [(states(), states()) for _ in range(shape.num_layers)]
 
 
 def _num_steps() -> int:
