@@ -1,4 +1,4 @@
-"""`python -m bench.readme`: writes the tables of README.md from the results files."""
+"""`python -m bench.readme`: writes the tables and plots of README.md from the results files."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.llama_cases import LlamaCase
+from bench.plots import PLOTS, lines_of, markdown_of, write_plots
 from bench.results import DIRECTORY
 
 README = Path(__file__).parent.parent / "README.md"
@@ -95,6 +96,8 @@ def render(directory: Path) -> str:
             results = json.loads(path.read_text())
             parts.append(describe_run(results["meta"]))
             parts += [render_table(table, results["rows"]) for table in TABLES if table.bench == bench]
+            plots = [plot for plot in PLOTS if plot.bench == bench and lines_of(plot, results["rows"])]
+            parts += [markdown_of(plot, folder.name) for plot in plots]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -228,4 +231,5 @@ def replace_results(text: str, results: str) -> str:
 
 
 if __name__ == "__main__":
+    write_plots(DIRECTORY)
     README.write_text(replace_results(README.read_text(), render(DIRECTORY)))

@@ -12,7 +12,7 @@ from flashcore_ops.validation.baseline import FLASHCORE, Latency
 # No colour of a line; replaced by the page's own.
 _INK = "#010203"
 # Distinct in both themes, and to the colour-blind (Okabe and Ito).
-_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
+_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 
 def check_matplotlib() -> None:
@@ -56,9 +56,14 @@ def plot_memory(bytes_by_length: Mapping[str, Mapping[int, float]]) -> str:
 
 
 def plot_lines(
-    series: Mapping[str, Mapping[int, float]], y_label: str, is_logarithmic: bool = False, first_color: int = 0
+    series: Mapping[str, Mapping[int, float]],
+    y_label: str,
+    *,
+    x_label: str = "tokens in the cache",
+    is_logarithmic: bool = False,
+    first_color: int = 0,
 ) -> str:
-    """Lines over lengths as one SVG element.
+    """Lines over lengths as one SVG element, in the colour of the text around it.
 
     Example:
         >>> svg = plot_lines({"a": {512: 1.0, 1024: 1.5}}, y_label="time (ms)")
@@ -83,15 +88,17 @@ def plot_lines(
         axes.set_xscale("log", base=2)
         axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
         axes.minorticks_off()
-        axes.set_xlabel("tokens in the cache")
+        axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         if is_logarithmic:
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:,g}")
         else:
             axes.set_ylim(bottom=0)
         axes.grid(alpha=0.25, color=_INK)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
+        # Above the axes: a line may pass anywhere inside them.
+        figure.legend(loc="outside upper left", ncols=2, frameon=False)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     _, _, body = buffer.getvalue().partition("<svg")
