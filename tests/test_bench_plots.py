@@ -43,7 +43,7 @@ def test_each_theme_has_its_ink(tmp_path: Path) -> None:
     for svg in (light, dark):
         assert "currentColor" not in svg
         assert ">decode (ms a token)<" in svg
-    assert len(list((tmp_path / "gpu" / "plots").iterdir())) == 2
+    assert len(list(plots.iterdir())) == 2
 
 
 def test_readme_shows_plots_that_are_there() -> None:

@@ -98,7 +98,11 @@ Some GPU, reads 3.00 TB/s, multiplies 700 TFLOP/s; torch 2.11.0, triton 3.6.0; c
 | | FlashCore | SDPA cuDNN |
 |---|---:|---:|
 | 32 x 512 | **380** | 370 |
-| 1 x 16384 | 500 | **600** |""",
+| 1 x 16384 | 500 | **600** |
+
+**Causal prefill attention, 16k tokens in all**
+
+<picture><source media="(prefers-color-scheme: dark)" srcset="bench/results/some-gpu/plots/attention-prefill-dark.svg"><img alt="Causal prefill attention, 16k tokens in all: prefill attention (TFLOP/s) against length" src="bench/results/some-gpu/plots/attention-prefill-light.svg"></picture>""",
     )
 
 
