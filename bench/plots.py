@@ -103,13 +103,11 @@ def write_plots(directory: Path) -> None:
 
 
 def markdown_of(plot: Plot, gpu: str) -> str:
-    """A picture in both themes, named by its title."""
+    """A picture in both themes, under its title."""
     base = f"bench/results/{gpu}/plots/{plot.name}"
-    return "\n".join(
-        [
-            f"**{plot.title}**",
-            "",
-            f'<picture><source media="(prefers-color-scheme: dark)" srcset="{base}-dark.svg">'
-            f'<img alt="{plot.title}: {plot.y_label} against length" src="{base}-light.svg"></picture>',
-        ]
-    )
+    return f"""**{plot.title}**
+
+<picture>
+<source media="(prefers-color-scheme: dark)" srcset="{base}-dark.svg">
+<img alt="{plot.title}" src="{base}-light.svg">
+</picture>"""

@@ -36,9 +36,8 @@ def test_each_theme_has_its_ink(tmp_path: Path) -> None:
     (tmp_path / "gpu").mkdir()
     (tmp_path / "gpu" / "llama.json").write_text(json.dumps({"meta": {}, "rows": ROWS}))
     write_plots(tmp_path)
-    light, dark = (
-        (tmp_path / "gpu" / "plots" / f"llama-decode-{theme}.svg").read_text() for theme in ("light", "dark")
-    )
+    plots = tmp_path / "gpu" / "plots"
+    light, dark = ((plots / f"llama-decode-{theme}.svg").read_text() for theme in ("light", "dark"))
     assert light != dark
     for svg in (light, dark):
         assert "currentColor" not in svg

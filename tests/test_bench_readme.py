@@ -102,7 +102,10 @@ Some GPU, reads 3.00 TB/s, multiplies 700 TFLOP/s; torch 2.11.0, triton 3.6.0; c
 
 **Causal prefill attention, 16k tokens in all**
 
-<picture><source media="(prefers-color-scheme: dark)" srcset="bench/results/some-gpu/plots/attention-prefill-dark.svg"><img alt="Causal prefill attention, 16k tokens in all: prefill attention (TFLOP/s) against length" src="bench/results/some-gpu/plots/attention-prefill-light.svg"></picture>""",
+<picture>
+<source media="(prefers-color-scheme: dark)" srcset="bench/results/some-gpu/plots/attention-prefill-dark.svg">
+<img alt="Causal prefill attention, 16k tokens in all" src="bench/results/some-gpu/plots/attention-prefill-light.svg">
+</picture>""",
     )
 
 
