@@ -1,7 +1,7 @@
 """Launches past Triton's own handling of arguments, which costs the host more than the launch itself.
 
 Triton types, specialises and hashes some thirty arguments at every launch. Here a launch goes straight to the compiled
-kernel if one like it has been before: tensors of the same dtypes and alignment, and otherwise equal arguments.
+kernel if one like it has been before, in all that Triton may have specialised it for.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ class Launcher:
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
         self._compiled: dict[tuple[Any, ...], Any] = {}
+        # The same, found by the very numbers of a launch: those of one loop's steps are often all equal.
+        self._launched: dict[tuple[Any, ...], Any] = {}
 
     def __call__(self, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
         """Launches on the current device and stream.
@@ -33,25 +35,30 @@ class Launcher:
             arguments: of all parameters that are not constexpr, in order.
             constants: of the constexpr ones, and Triton's options, in the same order at every call.
         """
-        if not isinstance(self.kernel, JITFunction):
-            # The interpreter compiles nothing.
+        # The interpreter compiles nothing, and for AMD's GPUs Triton specialises on the sizes of tensors too.
+        if torch.version.hip or not isinstance(self.kernel, JITFunction) or _is_observed():
             self.kernel[grid](*arguments, **constants)
             return
         device = driver.active.get_current_device()
         key = (
-            device,
+            (device, *constants.values()),
             *[
                 (argument.dtype, argument.data_ptr() % _ALIGNMENT == 0)
                 if isinstance(argument, torch.Tensor)
                 else argument
                 for argument in arguments
             ],
-            *constants.values(),
         )
-        compiled = self._compiled.get(key)
-        if compiled is None or _is_observed():
-            self._remember(key, self.kernel[grid](*arguments, **constants))
-            return
+        compiled = self._launched.get(key)
+        if compiled is None:
+            kind = key[0], *[_kind_of(part) for part in key[1:]]
+            compiled = self._compiled.get(kind)
+            if compiled is None:
+                self._compiled[kind] = self.kernel[grid](*arguments, **constants)
+                return
+            if len(self._launched) >= _MAX_LAUNCHES:
+                self._launched.clear()
+            self._launched[key] = compiled
         first, second, third = (*grid, 1, 1)[:3]
         stream = driver.active.get_current_stream(device)
         placeholders = (None,) * (len(self.kernel.params) - len(arguments))
@@ -61,13 +68,17 @@ class Launcher:
             *placeholders,
         )
 
-    def _remember(self, key: tuple[Any, ...], compiled: Any) -> None:
-        if len(self._compiled) >= _MAX_LAUNCHES:
-            self._compiled.clear()
-        self._compiled[key] = compiled
+
+def _kind_of(part: Any) -> Any:
+    """What Triton may specialise on: of an integer whether it is 1, a multiple of 16, and wider than 32 bits."""
+    if isinstance(part, tuple):
+        return tuple(_kind_of(item) for item in part)
+    if isinstance(part, int) and not isinstance(part, bool):
+        return part == 1, part % 16 == 0, part.bit_length() <= 31
+    return float if isinstance(part, float) else part
 
 
 def _is_observed() -> bool:
     """Whether a profiler wants to hear of launches, which it does from Triton."""
-    hook = knobs.runtime.launch_enter_hook
-    return bool(getattr(hook, "calls", hook))
+    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return any(getattr(hook, "calls", hook) for hook in hooks)

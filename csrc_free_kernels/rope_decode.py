@@ -74,7 +74,8 @@ def _prefetch_next(p_next, num_lines, BLOCK: tl.constexpr):
     share = tl.cdiv(num_lines, tl.num_programs(0))
     o_first = tl.program_id(0) * share
     for i_line in tl.range(0, share, BLOCK):
-        o_line = tl.minimum(o_first + i_line + tl.arange(0, BLOCK), num_lines - 1)
+        o_line = tl.minimum(i_line + tl.arange(0, BLOCK), share - 1)
+        o_line = tl.minimum(o_first + o_line, num_lines - 1)
         dependent_launch.prefetch_l2(p_next + o_line.to(tl.int64) * ELEMENTS)
 
 

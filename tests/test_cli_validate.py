@@ -57,7 +57,7 @@ def test_a_failure_is_exit_status_1_and_reported_all_the_same(tmp_path: Path, mo
     monkeypatch.setattr(validate, "SCENARIOS", (scenarios.next_token, batch))
     result = run("--random", "tiny", "--device", "cpu", "--output", tmp_path)
     assert result.exit_code == 1
-    assert "FAIL  batch: no memory" in result.stderr
+    assert "FAIL  batch: RuntimeError: no memory" in result.stderr
     assert "1 of 2 scenarios passed" in result.stdout
     assert not json.loads((tmp_path / "report.json").read_text())["passed"]
 

@@ -25,7 +25,7 @@ from flashcore_ops.model_shapes import random_model, shape_config
 from flashcore_ops.validation.baseline import Latency, judge, measure_latencies
 from flashcore_ops.validation.plots import check_matplotlib
 from flashcore_ops.validation.report import Report, latency_table, write_report
-from flashcore_ops.validation.scenarios import SCENARIOS, Result, run_scenario
+from flashcore_ops.validation.scenarios import SCENARIOS, Result, failed, run_scenario
 from flashcore_ops.validation.subject import Subject
 
 # Lengths of the report's memory plot.
@@ -98,10 +98,14 @@ def run_scenarios(subject: Subject, console: Console, *, has_baseline: bool) -> 
             console.print(f"{mark}  {results[-1].name}: {results[-1].evidence}")
             progress.advance(task)
         if has_baseline:
-            for latency in measure_latencies(subject):
-                latencies.append(latency)
-                progress.update(task, description=f"baseline, {latency.impl} at {latency.length}")
-            results.append(judge(latencies))
+            try:
+                for latency in measure_latencies(subject):
+                    latencies.append(latency)
+                    progress.update(task, description=f"baseline, {latency.impl} at {latency.length}")
+                results.append(judge(latencies))
+            except Exception as error:
+                results.append(failed("baseline", error))
+            console.print(f"{'pass' if results[-1].passed else 'FAIL'}  {results[-1].name}: {results[-1].evidence}")
             progress.advance(task)
     return results, latencies
 

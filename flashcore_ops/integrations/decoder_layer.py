@@ -291,8 +291,12 @@ def is_capturable(model: nn.Module) -> bool:
     return not any(
         type(module).__module__.partition(".")[0] not in ("torch", "transformers", "flashcore_ops")
         or is_hooked(module)
-        # These choose their frequencies on the host, by the positions of each call.
-        or "dynamic" in (rope_type := str(getattr(module, "rope_type", "")))
-        or rope_type == "longrope"
+        or chooses_frequencies(module)
         for module in model.modules()
     ) and all(type(weight) in (Tensor, nn.Parameter) for weight in model.parameters())
+
+
+def chooses_frequencies(module: nn.Module) -> bool:
+    """Whether a rotary embedding chooses its frequencies on the host, by the positions of each call."""
+    rope_type = str(getattr(module, "rope_type", ""))
+    return "dynamic" in rope_type or rope_type == "longrope"

@@ -15,7 +15,13 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaMode
 from transformers.models.mistral.modeling_mistral import MistralForCausalLM, MistralModel, MistralRotaryEmbedding
 from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM, Qwen2Model, Qwen2RotaryEmbedding
 
-from flashcore_ops.integrations.decoder_layer import is_bypassable, is_hooked, project_normed
+from flashcore_ops.integrations.decoder_layer import (
+    FlashCoreDecoderLayer,
+    chooses_frequencies,
+    is_bypassable,
+    is_hooked,
+    project_normed,
+)
 
 _STACKS: dict[type[nn.Module], tuple[type[nn.Module], type[nn.Module]]] = {
     LlamaForCausalLM: (LlamaModel, LlamaRotaryEmbedding),
@@ -36,7 +42,9 @@ def is_plain_stack(model: Any) -> bool:
         is_bypassable(stack, stack_type)
         and is_bypassable(stack.embed_tokens, nn.Embedding)
         and is_bypassable(stack.rotary_emb, rotary_type)
+        and not chooses_frequencies(stack.rotary_emb)
         and type(stack.embed_tokens.weight) in (Tensor, nn.Parameter)
+        and all(isinstance(layer, FlashCoreDecoderLayer) for layer in stack.layers)
     )
 
 
@@ -90,7 +98,7 @@ def _embed_on_cuda(
         *(tokens, start, position_offset, length),
         embedding=weight,
         inv_freq=rotary.inv_freq.float(),
-        attention_scaling=rotary.attention_scaling,
+        attention_scaling=float(rotary.attention_scaling),
         hidden=hidden,
         cos=cos,
         sin=sin,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from flashcore_ops.validation.baseline import Latency
 from flashcore_ops.validation.plots import plot_latencies, plot_memory, plot_speedups
@@ -53,7 +55,7 @@ def write_report(report: Report, directory: Path) -> list[Path]:
 
 def to_json(report: Report) -> str:
     """Every figure."""
-    return json.dumps({"passed": report.passed, **asdict(report)}, indent=1) + "\n"
+    return json.dumps(_in_json({"passed": report.passed, **asdict(report)}), indent=1, allow_nan=False) + "\n"
 
 
 def to_markdown(report: Report) -> str:
@@ -103,6 +105,15 @@ def latency_table(latencies: Sequence[Latency]) -> tuple[list[str], list[tuple[i
     figures = {(latency.length, latency.impl): f"{latency.ms:.2f}" for latency in latencies}
     lengths = sorted({latency.length for latency in latencies})
     return impls, [(length, [figures.get((length, impl), "-") for impl in impls]) for length in lengths]
+
+
+def _in_json(value: Any) -> Any:
+    """JSON has no infinity and no NaN: they go there as text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _in_json(item) for key, item in value.items()}
+    return [_in_json(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _word(result: Result) -> str:

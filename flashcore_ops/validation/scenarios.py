@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,7 +12,6 @@ import torch
 from torch import Tensor
 
 from flashcore_ops import make_static_cache
-from flashcore_ops.errors import FlashCoreError
 from flashcore_ops.generation import generate_tokens
 from flashcore_ops.kept_steps import capacity_for, kept_steps
 from flashcore_ops.kv_memory import KVShape
@@ -99,16 +99,13 @@ SCENARIOS: tuple[Callable[[Subject], Result], ...] = (next_token, short_text, lo
 
 
 def run_scenario(scenario: Callable[[Subject], Result], subject: Subject) -> Result:
-    """A scenario's result with its time; one that raises has failed."""
+    """A scenario's result with its time; one that raises, whatever it is, has failed."""
     start = time.perf_counter()
-    if subject.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(subject.device)
     try:
         with torch.no_grad():
             result = scenario(subject)
-    except (FlashCoreError, RuntimeError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        result = Result(scenario.__name__.replace("_", " "), passed=False, evidence=lines[0])
+    except Exception as error:
+        result = failed(scenario.__name__.replace("_", " "), error)
     figures = dict(result.figures)
     if subject.device.type == "cuda":
         figures["peak_bytes"] = float(torch.cuda.max_memory_allocated(subject.device))
@@ -122,6 +119,17 @@ def run_scenario(scenario: Callable[[Subject], Result], subject: Subject) -> Res
     )
 
 
+def failed(name: str, error: Exception) -> Result:
+    """What an error amounts to.
+
+    Example:
+        >>> failed("next token", ValueError("a shape\\nand more")).evidence
+        'ValueError: a shape'
+    """
+    lines = str(error).strip().splitlines() or [""]
+    return Result(name, passed=False, evidence=f"{type(error).__name__}: {lines[0]}")
+
+
 def _text(subject: Subject, name: str, num_tokens: int) -> Result:
     prompt = subject.prompts()[0]
     comparison = compare(subject, left_padded([prompt]), num_tokens)
@@ -132,7 +140,7 @@ def _text(subject: Subject, name: str, num_tokens: int) -> Result:
 def _figures(comparison: Comparison) -> dict[str, float | None]:
     return {
         "tokens": comparison.num_tokens,
-        "other_tokens": comparison.num_others,
+        "preferred_otherwise": comparison.num_others,
         "first_difference": None if comparison.first is None else comparison.first[1],
         "gap_at_first_difference": None if comparison.first is None else comparison.first[4],
         "noise": comparison.noise,
@@ -149,6 +157,7 @@ def _written_and_memory(model: Any, inputs: dict[str, Tensor]) -> tuple[list[lis
         cache = steps.get(model, 1, capacity_for(inputs["input_ids"].shape[1] + LONG)).cache
     addresses = [address for layer in cache.layers for address in (layer.keys.data_ptr(), layer.values.data_ptr())]
     is_cuda = inputs["input_ids"].is_cuda
+    gc.collect()
     return tokens, addresses, torch.cuda.memory_allocated(inputs["input_ids"].device) if is_cuda else 0
 
 
@@ -160,6 +169,7 @@ def _allocate(subject: Subject, shape: KVShape) -> list[Tensor]:
 def _measure(device: torch.device, make: Callable[[], Any]) -> int:
     """Bytes that what `make` returns takes: by the GPU's allocator, or by its tensors' sizes."""
     if device.type == "cuda":
+        gc.collect()
         before = torch.cuda.memory_allocated(device)
         made = make()
         return torch.cuda.memory_allocated(device) - before

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from flashcore_ops import make_static_cache
+from flashcore_ops.decode_step import make_decode_step
 from flashcore_ops.integrations.plain_stack import decode_logits, is_plain_stack
 from flashcore_ops.integrations.transformers import replace_llama_attention_with_flashcore as patch
 from tests.integrations.models import FAMILIES, PROMPT_LEN, make_batch, make_model
@@ -100,4 +101,30 @@ def test_what_others_put_around_the_rest_is_called_too(part: str, change: Callab
 def test_other_heads_are_not_plain() -> None:
     config = make_model().config
     assert not is_plain_stack(LlamaForSequenceClassification(config))
-    assert is_plain_stack(LlamaForCausalLM(config))
+    assert not is_plain_stack(LlamaForCausalLM(config))
+    assert is_plain_stack(patch(LlamaForCausalLM(config)))
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_rotations_that_change_with_the_length_are_the_models_own(rope_type: str, device: str) -> None:
+    rope: dict[str, Any] = {"rope_type": rope_type, "rope_theta": 10_000.0, "factor": 4.0}
+    if rope_type == "longrope":
+        factors = {"short_factor": [1.0] * 8, "long_factor": [3.0] * 8, "original_max_position_embeddings": 16}
+        rope |= factors
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
+    config = LlamaConfig(
+        vocab_size=96, **sizes, max_position_embeddings=16, rope_parameters=rope, initializer_range=0.3
+    )
+    torch.manual_seed(0)
+    model = patch(LlamaForCausalLM(config).eval().to(device))
+    tokens = torch.randint(1, 96, (1, 28), device=device)
+    assert not is_plain_stack(model)
+    step = make_decode_step(model, make_static_cache(model, 1, 32))
+    model(input_ids=tokens[:, :14], past_key_values=step.cache)
+    past = model(input_ids=tokens[:, :14]).past_key_values
+    # Beyond the length that the frequencies were made for.
+    for index in range(14, 28):
+        step.tokens.copy_(tokens[:, index : index + 1])
+        step.run()
+        expected = model(input_ids=tokens[:, index : index + 1], past_key_values=past).logits[:, -1]
+        torch.testing.assert_close(step.logits, expected)

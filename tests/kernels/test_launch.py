@@ -73,6 +73,8 @@ CHANGES: dict[str, Any] = {
     "dtype": lambda x, y, bias, stride: (x.half(), y, bias, stride),
     "alignment": lambda x, y, bias, stride: (x[1:], y, bias, stride),
     "a number": lambda x, y, bias, stride: (x, y, bias, 2),
+    "a multiple of 16": lambda x, y, bias, stride: (x, y, bias, 32),
+    "a wide number": lambda x, y, bias, stride: (x, y, bias, 2**31),
     "a tensor where none was": lambda x, y, bias, stride: (x, y, x, stride),
 }
 
@@ -89,18 +91,23 @@ def test_triton_sees_what_it_may_specialise_on(change: str, recorder: Recorder) 
     assert len(recorder.bound) == 3
 
 
-def test_profilers_hear_of_every_launch(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("hook_name", ["launch_enter_hook", "launch_exit_hook"])
+def test_profilers_hear_of_every_launch(hook_name: str, recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel, x = Launcher(_copy_kernel), torch.zeros(64)
     hook = mock.Mock(calls=[print])
-    monkeypatch.setattr(knobs.runtime, "launch_enter_hook", hook)
+    monkeypatch.setattr(knobs.runtime, hook_name, hook)
     for _ in range(3):
         kernel((1,), x, x, None, 1, N=7, BLOCK=8)
     assert len(recorder.bound) == 3
 
 
-def test_launches_do_not_pile_up(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numbers_that_differ_share_a_compiled_kernel_and_do_not_pile_up(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(launch, "_MAX_LAUNCHES", 8)
     kernel, x = Launcher(_copy_kernel), torch.zeros(64)
-    for stride in range(50):
+    for stride in range(2, 15):
         kernel((1,), x, x, None, stride, N=7, BLOCK=8)
-        assert len(kernel._compiled) <= 8
+        assert len(kernel._launched) <= 8
+    assert len(recorder.bound) == 1
+    assert [launched[12] for launched in recorder.launched] == list(range(3, 15))

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from flashcore_ops import is_patched
+from flashcore_ops import decode_step, is_patched
 from flashcore_ops.errors import OptionError
-from flashcore_ops.validation import scenarios
+from flashcore_ops.validation import scenarios, tokens
 from flashcore_ops.validation.scenarios import SCENARIOS, Result, run_scenario
 from flashcore_ops.validation.subject import left_padded
 from flashcore_ops.validation.tokens import Comparison, compare
@@ -60,6 +60,27 @@ def test_a_wrong_model_fails_wherever_tokens_are_compared(
     }
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_steps_that_choose_another_token_fail(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    def third(logits: torch.Tensor, tokens: torch.Tensor | None = None) -> torch.Tensor:
+        chosen = logits.topk(3).indices[:, 2:]
+        return chosen if tokens is None else tokens.copy_(chosen)
+
+    monkeypatch.setattr(decode_step, "greedy", third)
+    subject = make_subject(dtype)
+    results = [run_scenario(scenario, subject).passed for scenario in SCENARIOS[1:3]]
+    assert results == [False, False]
+
+
+def test_a_free_text_that_parts_from_its_own_logits_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stream is not what the steps chose: nothing that is fed with sdpa's tokens would notice."""
+    stream = tokens.stream_tokens
+    monkeypatch.setattr(
+        tokens, "stream_tokens", lambda *args, **options: ((t + 1) % 96 for t in stream(*args, **options))
+    )
+    assert not run_scenario(scenarios.short_text, make_subject(torch.bfloat16)).passed
+
+
 def test_a_cache_that_moves_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     places = iter(range(100))
     written = scenarios._written_and_memory
@@ -82,13 +103,14 @@ def test_a_cache_larger_than_the_arithmetic_fails(monkeypatch: pytest.MonkeyPatc
     assert not run_scenario(scenarios.cache_memory, make_subject()).passed
 
 
-@pytest.mark.parametrize("error", [RuntimeError("out of memory\nand more"), OptionError("an option")])
+@pytest.mark.parametrize("error", [RuntimeError("out of memory\nand more"), OptionError("an option"), KeyError("a")])
 def test_a_scenario_that_raises_has_failed(error: Exception) -> None:
     def next_token(_: Any) -> Result:
         raise error
 
     result = run_scenario(next_token, make_subject())
-    assert (result.name, result.passed, result.evidence) == ("next token", False, str(error).splitlines()[0])
+    assert (result.name, result.passed) == ("next token", False)
+    assert result.evidence == f"{type(error).__name__}: {str(error).splitlines()[0]}"
 
 
 def test_evidence_names_the_first_difference_and_the_gap_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,6 +134,7 @@ def a_comparison(**changes: Any) -> Comparison:
         "largest_gap": 0.1,
         "error": 0.3,
         "noise": 0.2,
+        "chooses_its_best": True,
         "tokens": [[1, 2, 3, 7, 4]],
         "ms_per_token": None,
     }
@@ -122,12 +145,15 @@ def a_comparison(**changes: Any) -> Comparison:
     ("changes", "agrees"),
     [
         ({}, True),
-        ({"largest_gap": 0.21}, False),
+        ({"largest_gap": 0.41}, False),
         ({"error": 0.41}, False),
         ({"error": torch.inf}, False),
+        ({"error": torch.inf, "noise": torch.inf}, False),
+        ({"chooses_its_best": False}, False),
         # No noise is granted in float32.
         ({"noise": None}, False),
         ({"noise": None, "first": None, "num_others": 0}, True),
+        ({"noise": None, "first": None, "error": torch.inf}, False),
     ],
 )
 def test_near_ties_alone_are_granted(changes: dict[str, Any], agrees: bool) -> None:
