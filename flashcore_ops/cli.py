@@ -1,6 +1,6 @@
 """The `flashcore` command: arguments, errors and exit status. The work is done in flashcore_ops/commands.
 
-Exit status: 0 all went well, 1 a comparison found a difference, 2 the request cannot be served.
+Exit status: 0 all went well, 1 a comparison found a difference or a validation failed, 2 the request cannot be served.
 Results go to stdout; status, figures, warnings and errors go to stderr.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -90,6 +91,54 @@ def info(
             print(to_json(found))
         else:
             Console().print(render_info(found))
+
+
+@app.command()
+def deploy(
+    host: Annotated[str, typer.Argument(metavar="HOST", help="A host, or its name in ssh's configuration.")],
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="A hub id, or a directory on the host as /path or ~/path. Left out: SmolLM2-135M-Instruct.",
+            show_default=False,
+        ),
+    ] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="ssh's port.")] = None,
+    user: Annotated[str | None, typer.Option(help="Who to log in as.")] = None,
+    identity: Annotated[Path | None, typer.Option(help="The private key's file; it stays here.")] = None,
+    ssh_config: Annotated[Path | None, typer.Option(help="Read this in place of ssh's own configuration.")] = None,
+    directory: Annotated[str, typer.Option(help="Where everything goes on the host.")] = "~/.cache/flashcore/deploy",
+    python: Annotated[str, typer.Option(help="The host's Python, 3.11 or newer.")] = "python3",
+    random: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Validate random weights of this shape, such as llama-3.1-8b.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="As of `flashcore validate`.")] = None,
+    baseline: Annotated[bool, typer.Option("--baseline", help="As of `flashcore validate`.")] = False,
+    output: Annotated[Path, typer.Option(help="Where the report goes on this machine.")] = Path("flashcore-validation"),
+    rerun: Annotated[bool, typer.Option("--rerun", help="Validate again although it passed before.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the commands and run none.")] = False,
+) -> None:
+    """Install FlashCore on another host over ssh, validate it there, and bring the report back."""
+    with plain_errors():
+        from flashcore_ops.commands.deploy import run_deploy
+        from flashcore_ops.deployment.remote import Destination
+        from flashcore_ops.deployment.request import DeployRequest
+
+        request = DeployRequest(
+            destination=Destination(host, port=port, user=user, identity=identity, ssh_config=ssh_config),
+            model=model,
+            random=random,
+            dtype=dtype,
+            baseline=baseline,
+            directory=directory,
+            python=python,
+            output=output,
+            rerun=rerun,
+        )
+        status = run_deploy(request, dry_run=dry_run)
+    if status != 0:
+        raise typer.Exit(code=status)
 
 
 @contextmanager

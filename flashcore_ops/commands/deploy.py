@@ -1,0 +1,89 @@
+"""`flashcore deploy`: puts FlashCore on another host, validates it there and brings the report back."""
+
+from __future__ import annotations
+
+import tempfile
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+from rich.status import Status
+from rich.text import Text
+
+from flashcore_ops.commands.console import stderr_console
+from flashcore_ops.deployment.project import stage_project
+from flashcore_ops.deployment.remote import Remote
+from flashcore_ops.deployment.request import DeployRequest
+from flashcore_ops.deployment.steps import STEPS, Deployment, run_step
+from flashcore_ops.errors import DeploymentError, OptionError
+
+NAME_WIDTH = max(len(step.name) for step in STEPS)
+
+
+def run_deploy(request: DeployRequest, *, dry_run: bool = False) -> int:
+    """Takes the eight steps, with a line each on stdout; a failure is explained on stderr.
+
+    A dry run prints the commands in place of running them, as if the host were fresh, had rsync and no GPU.
+
+    Returns:
+        The exit status: 0 the validation passed, 1 it ran and did not, 2 a step failed.
+
+    Raises:
+        FlashCoreError: the request cannot be served, or there is no project to copy.
+    """
+    request.check()
+    with tempfile.TemporaryDirectory(prefix="flashcore-deploy-") as scratch:
+        project = stage_project(Path(scratch) / "project")
+        deployment = Deployment(
+            request, project, Remote(request.destination, print if dry_run else None), Path(scratch)
+        )
+        if dry_run:
+            print(f"# {project.directory} stands for a copy of the project, {project.num_files} files.")
+            show_steps(deployment)
+            return 0
+        make_output(request.output)
+        return take_steps(deployment)
+
+
+def make_output(output: Path) -> None:
+    """Makes the directory of the report now, and not after a long run."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OptionError.explain(
+            "--output", expected="a directory that can be made", got=str(error), fix="Choose another path."
+        ) from error
+
+
+def show_steps(deployment: Deployment) -> None:
+    """Prints the commands of every step."""
+    for number, step in enumerate(STEPS, start=1):
+        print(f"\n# {number}. {step.name}")
+        run_step(deployment, step)
+
+
+def take_steps(deployment: Deployment) -> int:
+    """Runs the steps up to the first that fails; returns the exit status."""
+    console, errors = Console(highlight=False, markup=False), stderr_console()
+    console.soft_wrap = not console.is_terminal
+    for step in STEPS:
+        try:
+            with errors.status(Text(step.name)) as status:
+                deployment.progress = partial(show_news, status, step.name)
+                found = run_step(deployment, step)
+        except DeploymentError as error:
+            console.print(line("✗", "red", step.name, "failed"))
+            errors.print(Text.assemble(("error: ", "bold red"), str(error)))
+            return error.exit_status
+        console.print(line("✓", "green", step.name, found))
+    return 0
+
+
+def show_news(status: Status, name: str, news: str) -> None:
+    """Puts the last line of a job's log behind the step's name."""
+    status.update(Text(f"{name}: {news}"))
+
+
+def line(mark: str, style: str, name: str, found: str) -> Text:
+    """A step's line: a tick or a cross, its name, and what was found."""
+    return Text.assemble((mark, style), f" {name:<{NAME_WIDTH}}  ", found)

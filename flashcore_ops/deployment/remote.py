@@ -1,0 +1,162 @@
+"""A host behind the system's ssh: runs shell scripts there and copies directories to and from it."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from flashcore_ops.deployment.commands import Command, Finished, execute
+
+# Host keys are always checked, whatever the user's own configuration says; nothing is asked at a terminal.
+SSH_OPTIONS = (
+    *("-T", "-a", "-x"),
+    *("-o", "BatchMode=yes"),
+    *("-o", "StrictHostKeyChecking=yes"),
+    *("-o", "RemoteCommand=none"),
+    *("-o", "ConnectTimeout=15"),
+    *("-o", "ServerAliveInterval=10"),
+    *("-o", "ServerAliveCountMax=3"),
+)
+SSH_LOST = 255
+# What rsync exits with when its connection breaks or times out, and what ssh does.
+RSYNC_LOST = (10, 12, 30, 35, SSH_LOST)
+ATTEMPTS = 4
+FIRST_PAUSE_SECONDS = 1.0
+# A host's shell start-up files may print; only what follows this line is ours.
+MARK = "--- flashcore ---"
+# What the host makes beside the project's own files.
+MADE_ON_HOST = ("/.venv", "__pycache__", "*.egg-info")
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where ssh connects to; None leaves a choice to ssh's own configuration."""
+
+    host: str
+    port: int | None = None
+    user: str | None = None
+    identity: Path | None = None
+    ssh_config: Path | None = None
+
+    def ssh(self) -> tuple[str, ...]:
+        """The ssh program and its options, without the host."""
+        argv: tuple[str, ...] = ("ssh", *SSH_OPTIONS)
+        if self.ssh_config is not None:
+            argv += ("-F", str(self.ssh_config))
+        if self.port is not None:
+            argv += ("-p", str(self.port))
+        if self.user is not None:
+            argv += ("-l", self.user)
+        if self.identity is not None:
+            argv += ("-o", "IdentitiesOnly=yes", "-o", f"IdentityFile={configuration_word(str(self.identity))}")
+        return argv
+
+
+def configuration_word(text: str) -> str:
+    """A path as ssh's configuration takes it: quoted, and with `%` standing for itself.
+
+    Example:
+        >>> print(configuration_word('my "100%" key'))
+        "my \\"100%%\\" key"
+    """
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
+    return f'"{escaped}"'
+
+
+def host_path(path: str) -> str:
+    """A path on the host as its shell takes it; relative paths and `~/` start at the home directory.
+
+    Example:
+        >>> host_path("~/.cache/a b"), host_path("/data/it's"), host_path("~")
+        ('"$HOME"/\\'.cache/a b\\'', '\\'/data/it\\'"\\'"\\'s\\'', '"$HOME"')
+    """
+    if path.startswith("/"):
+        return shlex.quote(path)
+    rest = path.removeprefix("~").lstrip("/")
+    return f'"$HOME"/{shlex.quote(rest)}' if rest else '"$HOME"'
+
+
+class Remote:
+    """Runs and copies through one destination.
+
+    With `show`, commands are handed to it in place of being run, and each returns what its caller assumes.
+    """
+
+    def __init__(self, destination: Destination, show: Callable[[str], None] | None = None) -> None:
+        self.destination = destination
+        # Set by whoever has asked both sides.
+        self.has_rsync = shutil.which("rsync") is not None
+        # Before the first answer, a failing connection is a wrong address or key, which no second try mends.
+        self.is_reached = False
+        self._show = show
+
+    @property
+    def is_real(self) -> bool:
+        """Whether commands are run, not shown."""
+        return self._show is None
+
+    def run(self, script: str, *, assuming: str = "") -> Finished:
+        """Runs a POSIX shell script on the host, again after a cut connection: it must bear running twice."""
+        # The shell reads the braces to the end before it starts, so half a script never runs, and no
+        # command in it reads the rest as its input. Through stdin, no login shell parses it either.
+        whole = f"{{\necho '{MARK}'\n{script}\n}} </dev/null"
+        command = Command((*self.destination.ssh(), "--", self.destination.host, "exec sh -s"), script=whole)
+        finished = self._attempt(command, lost=(SSH_LOST,), assuming=assuming)
+        answer = finished.output.partition(MARK + "\n")[2] if self._show is None else finished.output
+        return Finished(command, finished.status, answer, finished.errors)
+
+    def send(self, source: Path, target: str, *, scratch: Path) -> Finished:
+        """Makes the host's directory `target` (a `host_path`) equal to `source`, but for what was made there."""
+        if self.has_rsync:
+            keep = tuple(f"--exclude={name}" for name in MADE_ON_HOST)
+            flags = ("--delete", "--links", "--perms", *keep)
+            return self._rsync(f"{source}/", f"{self._rsync_host()}:./", directory=target, flags=flags)
+        archive = scratch / "project.tar"
+        packed = self._attempt(Command(("tar", "-C", str(source), "-cf", str(archive), ".")))
+        if packed.status != 0:
+            return packed
+        clear = f"find {target} -mindepth 1 -maxdepth 1 ! -name .venv -exec rm -rf {{}} +"
+        unpack = f"{clear} && tar -C {target} -xf -"
+        return self._attempt(Command(self._in_shell(unpack), read_from=archive), lost=(SSH_LOST,))
+
+    def fetch(self, source: str, target: Path, *, scratch: Path) -> Finished:
+        """Copies the files of the host's directory `source` (a `host_path`) into the existing `target`."""
+        if self.has_rsync:
+            return self._rsync(f"{self._rsync_host()}:./", f"{target}/", directory=source, flags=())
+        archive = scratch / "report.tar"
+        pack = self._in_shell(f"tar -C {source} -cf - .")
+        packed = self._attempt(Command(pack, write_to=archive), lost=(SSH_LOST,))
+        if packed.status != 0:
+            return packed
+        return self._attempt(Command(("tar", "-C", str(target), "-xf", str(archive))))
+
+    def _in_shell(self, line: str) -> tuple[str, ...]:
+        return (*self.destination.ssh(), "--", self.destination.host, f"exec sh -c {shlex.quote(line)}")
+
+    def _rsync_host(self) -> str:
+        host = self.destination.host
+        return f"[{host}]" if ":" in host else host
+
+    def _rsync(self, source: str, target: str, *, directory: str, flags: tuple[str, ...]) -> Finished:
+        argv = ("rsync", "--recursive", "--times", "--partial", "--compress", *flags)
+        # The host's shell enters the directory: how rsync quotes remote paths differs between its versions.
+        argv += (f"--rsh={shlex.join(self.destination.ssh())}", f"--rsync-path=cd {directory} && rsync")
+        return self._attempt(Command((*argv, "--", source, target)), lost=RSYNC_LOST)
+
+    def _attempt(self, command: Command, *, lost: tuple[int, ...] = (), assuming: str = "") -> Finished:
+        if self._show is not None:
+            self._show(command.shown())
+            return Finished(command, status=0, output=assuming)
+        finished = execute(command)
+        pause = FIRST_PAUSE_SECONDS
+        for _ in range(ATTEMPTS - 1 if self.is_reached else 0):
+            if finished.status not in lost:
+                break
+            time.sleep(pause)
+            pause *= 2
+            finished = execute(command)
+        return finished
