@@ -32,17 +32,16 @@ def run_deploy(request: DeployRequest, *, dry_run: bool = False) -> int:
         FlashCoreError: the request cannot be served, or there is no project to copy.
     """
     request.check()
-    with tempfile.TemporaryDirectory(prefix="flashcore-deploy-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="flashcore-") as scratch:
         project = stage_project(Path(scratch) / "project")
-        deployment = Deployment(
-            request, project, Remote(request.destination, print if dry_run else None), Path(scratch)
-        )
-        if dry_run:
+        with Remote(request.destination, Path(scratch), show=print if dry_run else None) as remote:
+            deployment = Deployment(request, project, remote)
+            if not dry_run:
+                make_output(request.output)
+                return take_steps(deployment)
             print(f"# {project.directory} stands for a copy of the project, {project.num_files} files.")
             show_steps(deployment)
-            return 0
-        make_output(request.output)
-        return take_steps(deployment)
+    return 0
 
 
 def make_output(output: Path) -> None:

@@ -82,6 +82,13 @@ def execute(command: Command) -> Finished:
     return Finished(command, finished.returncode, readable(output), readable(finished.stderr))
 
 
+def start(command: Command) -> subprocess.Popen[bytes]:
+    """Starts a command that says nothing and is not waited for."""
+    silent = subprocess.DEVNULL
+    environment = without_secrets(os.environ)
+    return subprocess.Popen(command.argv, stdin=silent, stdout=silent, stderr=silent, env=environment)
+
+
 def readable(data: bytes) -> str:
     """Text without carriage returns and secrets.
 

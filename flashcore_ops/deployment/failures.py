@@ -11,31 +11,25 @@ SHOWN_LINES = 40
 
 
 class StepError(Exception):
-    """A step cannot go on: what it expected, what came instead, what to do, and the command that told."""
+    """A step cannot go on: what it expected, what came instead, what to do, and the command that told.
 
-    def __init__(
-        self,
-        *,
-        expected: str,
-        got: str,
-        fix: str,
-        finished: Finished,
-        said: str | None = None,
-        is_verdict: bool = False,
-    ) -> None:
+    `is_verdict` marks a validation that ran to its end and did not pass.
+    """
+
+    def __init__(self, *, expected: str, got: str, fix: str, command: str, said: str, is_verdict: bool = False) -> None:
         super().__init__(got)
         self.expected = expected
         self.got = got
         self.fix = fix
         self.is_verdict = is_verdict
-        self._finished = finished
-        self._said = finished.said if said is None else said
+        self._command = command
+        self._said = said
 
     def details(self) -> str:
         """The command and the last lines of what it said, indented."""
-        lines = self._said.splitlines()[-SHOWN_LINES:] or ["(nothing)"]
-        parts = ["command:", textwrap.indent(self._finished.command.shown(), "  "), "its output:"]
-        return "\n".join([*parts, textwrap.indent("\n".join(lines), "  ")])
+        said = "\n".join(self._said.splitlines()[-SHOWN_LINES:]) or "(nothing)"
+        indent = "  "
+        return f"command:\n{textwrap.indent(self._command, indent)}\nits output:\n{textwrap.indent(said, indent)}"
 
 
 def require(finished: Finished, *, expected: str, fix: str, destination: Destination) -> Finished:
@@ -56,7 +50,7 @@ def require(finished: Finished, *, expected: str, fix: str, destination: Destina
         got, fix = f"no {program} on this machine", f"Install {program}."
     else:
         got = f"exit status {finished.status}"
-    raise StepError(expected=expected, got=got, fix=fix, finished=finished)
+    raise StepError(expected=expected, got=got, fix=fix, command=finished.command.shown(), said=said)
 
 
 def space_problem(said: str) -> tuple[str, str] | None:

@@ -15,7 +15,7 @@ class Access(IntEnum):
     UNREACHABLE = 6
 
 
-FIXES = {
+FIXES: dict[int, str] = {
     Access.LOGIN: "Run `{directory}/project/.venv/bin/hf auth login` on the host. Tokens are never copied there.",
     Access.TERMS: "Accept the model's terms at https://huggingface.co/{model} with that account, or log in on the host "
     "with another.",
@@ -32,6 +32,4 @@ def fix_for(status: int, model: str, directory: str) -> str:
         >>> fix_for(3, "owner/gated", "~/deploy")
         'Run `~/deploy/project/.venv/bin/hf auth login` on the host. Tokens are never copied there.'
     """
-    if status not in list(Access):
-        return OTHER_FIX
-    return FIXES[Access(status)].format(model=model, directory=directory)
+    return FIXES.get(status, OTHER_FIX).format(model=model, directory=directory)

@@ -89,13 +89,18 @@ class Job:
         return f"umask 077\njob={self.directory}\nname={shlex.quote(self.name)}\n{OBSERVE}"
 
     def _start_and_wait(self) -> str:
-        # Only one of two connections can make the directory, so the job starts once.
+        # Only one of two connections can make the directory, so the job starts once. It writes its number itself:
+        # until then, its command line is still that of the shell that starts it.
         return f"""{self._opening()}
 mkdir -p {self.parent} || exit 1
 if mkdir "$job" 2>/dev/null; then
     printf '%s\\n' {shlex.quote(self._script())} >"$job/job.sh" || exit 1
     $(command -v setsid) nohup sh "$job/job.sh" "$job" >/dev/null 2>&1 </dev/null &
-    echo $! >"$job/pid"
+    waited=0
+    while [ ! -f "$job/pid" ] && [ "$waited" -lt {WAITS_A_POLL} ]; do
+        sleep 0.1
+        waited=$((waited + 1))
+    done
 fi
 waited=0
 observe
@@ -108,6 +113,8 @@ tell"""
 
     def _script(self) -> str:
         return f"""\
+echo $$ >"$1/pid.partial"
+mv "$1/pid.partial" "$1/pid"
 status=0
 sh -c {shlex.quote(self.line)} >"$1/log" 2>&1 || status=$?
 echo "$status" >"$1/status.partial"

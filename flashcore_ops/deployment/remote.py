@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shlex
 import shutil
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
-from flashcore_ops.deployment.commands import Command, Finished, execute
+from flashcore_ops.deployment.commands import Command, Finished, execute, start
 
 # Host keys are always checked, whatever the user's own configuration says; nothing is asked at a terminal.
 SSH_OPTIONS = (
@@ -81,41 +83,54 @@ def host_path(path: str) -> str:
 
 
 class Remote:
-    """Runs and copies through one destination.
+    """Runs and copies through one destination; `scratch` is a local directory for its socket and archives.
 
+    Once the host was reached, one connection is kept that the others go through. Without it they stand alone.
     With `show`, commands are handed to it in place of being run, and each returns what its caller assumes.
     """
 
-    def __init__(self, destination: Destination, show: Callable[[str], None] | None = None) -> None:
+    def __init__(self, destination: Destination, scratch: Path, show: Callable[[str], None] | None = None) -> None:
         self.destination = destination
-        # Set by whoever has asked both sides.
         self.has_rsync = shutil.which("rsync") is not None
         # Before the first answer, a failing connection is a wrong address or key, which no second try mends.
-        self.is_reached = False
+        self._is_reached = False
+        self._scratch = scratch
         self._show = show
+        self._socket = scratch / "ssh"
+        self._kept: subprocess.Popen[bytes] | None = None
 
-    @property
-    def is_real(self) -> bool:
-        """Whether commands are run, not shown."""
-        return self._show is None
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._kept is not None:
+            self._kept.terminate()
+            self._kept.wait()
+
+    def reached(self, *, has_rsync: bool) -> None:
+        """Says that the host has answered, and whether it has rsync: from now on cut connections are mended."""
+        self._is_reached = True
+        self.has_rsync = self.has_rsync and has_rsync
+        if self._show is not None:
+            self._show(f"{self._keeper().shown()} &")
 
     def run(self, script: str, *, assuming: str = "") -> Finished:
         """Runs a POSIX shell script on the host, again after a cut connection: it must bear running twice."""
         # The shell reads the braces to the end before it starts, so half a script never runs, and no
         # command in it reads the rest as its input. Through stdin, no login shell parses it either.
         whole = f"{{\necho '{MARK}'\n{script}\n}} </dev/null"
-        command = Command((*self.destination.ssh(), "--", self.destination.host, "exec sh -s"), script=whole)
+        command = Command((*self._ssh(), "--", self.destination.host, "exec sh -s"), script=whole)
         finished = self._attempt(command, lost=(SSH_LOST,), assuming=assuming)
         answer = finished.output.partition(MARK + "\n")[2] if self._show is None else finished.output
         return Finished(command, finished.status, answer, finished.errors)
 
-    def send(self, source: Path, target: str, *, scratch: Path) -> Finished:
+    def send(self, source: Path, target: str) -> Finished:
         """Makes the host's directory `target` (a `host_path`) equal to `source`, but for what was made there."""
         if self.has_rsync:
             keep = tuple(f"--exclude={name}" for name in MADE_ON_HOST)
             flags = ("--delete", "--links", "--perms", *keep)
             return self._rsync(f"{source}/", f"{self._rsync_host()}:./", directory=target, flags=flags)
-        archive = scratch / "project.tar"
+        archive = self._scratch / "project.tar"
         packed = self._attempt(Command(("tar", "-C", str(source), "-cf", str(archive), ".")))
         if packed.status != 0:
             return packed
@@ -123,19 +138,31 @@ class Remote:
         unpack = f"{clear} && tar -C {target} -xf -"
         return self._attempt(Command(self._in_shell(unpack), read_from=archive), lost=(SSH_LOST,))
 
-    def fetch(self, source: str, target: Path, *, scratch: Path) -> Finished:
+    def fetch(self, source: str, target: Path) -> Finished:
         """Copies the files of the host's directory `source` (a `host_path`) into the existing `target`."""
         if self.has_rsync:
             return self._rsync(f"{self._rsync_host()}:./", f"{target}/", directory=source, flags=())
-        archive = scratch / "report.tar"
+        archive = self._scratch / "report.tar"
         pack = self._in_shell(f"tar -C {source} -cf - .")
         packed = self._attempt(Command(pack, write_to=archive), lost=(SSH_LOST,))
         if packed.status != 0:
             return packed
         return self._attempt(Command(("tar", "-C", str(target), "-xf", str(archive))))
 
+    def _ssh(self) -> tuple[str, ...]:
+        return (*self.destination.ssh(), "-S", str(self._socket))
+
+    def _keeper(self) -> Command:
+        return Command((*self._ssh(), "-M", "-N", "--", self.destination.host))
+
+    def _keep_connection(self) -> None:
+        if self._kept is None or self._kept.poll() is not None:
+            # What a killed one left would keep the next one from listening.
+            self._socket.unlink(missing_ok=True)
+            self._kept = start(self._keeper())
+
     def _in_shell(self, line: str) -> tuple[str, ...]:
-        return (*self.destination.ssh(), "--", self.destination.host, f"exec sh -c {shlex.quote(line)}")
+        return (*self._ssh(), "--", self.destination.host, f"exec sh -c {shlex.quote(line)}")
 
     def _rsync_host(self) -> str:
         host = self.destination.host
@@ -144,19 +171,19 @@ class Remote:
     def _rsync(self, source: str, target: str, *, directory: str, flags: tuple[str, ...]) -> Finished:
         argv = ("rsync", "--recursive", "--times", "--partial", "--compress", *flags)
         # The host's shell enters the directory: how rsync quotes remote paths differs between its versions.
-        argv += (f"--rsh={shlex.join(self.destination.ssh())}", f"--rsync-path=cd {directory} && rsync")
+        argv += (f"--rsh={shlex.join(self._ssh())}", f"--rsync-path=cd {directory} && rsync")
         return self._attempt(Command((*argv, "--", source, target)), lost=RSYNC_LOST)
 
     def _attempt(self, command: Command, *, lost: tuple[int, ...] = (), assuming: str = "") -> Finished:
         if self._show is not None:
             self._show(command.shown())
             return Finished(command, status=0, output=assuming)
-        finished = execute(command)
         pause = FIRST_PAUSE_SECONDS
-        for _ in range(ATTEMPTS - 1 if self.is_reached else 0):
+        for _ in range(ATTEMPTS - 1 if self._is_reached else 0):
+            self._keep_connection()
+            finished = execute(command)
             if finished.status not in lost:
-                break
+                return finished
             time.sleep(pause)
             pause *= 2
-            finished = execute(command)
-        return finished
+        return execute(command)

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
-from pathlib import Path
 
 from flashcore_ops.deployment.commands import Finished
 from flashcore_ops.deployment.failures import StepError, require, space_problem
@@ -25,12 +24,11 @@ ON_HOST = "flashcore_ops.deployment.on_host"
 
 @dataclass
 class Deployment:
-    """One deployment under way. `scratch` is a local directory for archives; `progress` gets passing news."""
+    """One deployment under way; `progress` gets passing news."""
 
     request: DeployRequest
     project: Project
     remote: Remote
-    scratch: Path
     progress: Callable[[str], None] = field(default=lambda news: None)
     state: State = field(default_factory=State)
 
@@ -76,7 +74,8 @@ class Deployment:
                 expected="no job of an earlier deployment",
                 got=f"{name} running there",
                 fix=f"Wait for its end, or stop it on the host with: kill -- -{process}",
-                finished=finished,
+                command=finished.command.shown(),
+                said=finished.said,
             )
 
 
@@ -92,8 +91,7 @@ def reach(deployment: Deployment) -> str:
     )
     system, tool, *kept = answer.split("\n", 2)
     remote = deployment.remote
-    remote.is_reached = True
-    remote.has_rsync = remote.has_rsync and tool == "rsync"
+    remote.reached(has_rsync=tool == "rsync")
     deployment.state = State.from_json("".join(kept))
     return f"{deployment.request.destination.host}: {system}, copies by {'rsync' if remote.has_rsync else 'tar'}"
 
@@ -136,7 +134,7 @@ def copy_project(deployment: Deployment) -> str:
     def work() -> str:
         deployment.require_idle()
         deployment.run(f"umask 077\nmkdir -p {target}", expected="a directory that can be written")
-        sent = deployment.remote.send(project.directory, target, scratch=deployment.scratch)
+        sent = deployment.remote.send(project.directory, target)
         deployment.require(sent, expected="the project's files on the host")
         left_out = f", left out: {', '.join(project.left_out)}" if project.left_out else ""
         return f"{project.num_files} files, sha256 {project.digest[:12]}{left_out}"
@@ -163,6 +161,7 @@ def make_environment(deployment: Deployment) -> str:
             deployment.require(job.discard(), expected="the remains of an earlier set-up removed")
         finish(
             deployment,
+            job,
             job.follow(deployment.progress),
             expected="an environment with everything installed",
             fix="Do what the set-up says below, or name another interpreter with --python, and run the same command "
@@ -241,29 +240,37 @@ def validate(deployment: Deployment) -> str:
     ended = job.follow(deployment.progress)
     has_report = deployment.remote.run(f"test -f {report}/report.json").status == 0
     if has_report:
-        fetched = deployment.remote.fetch(report, request.output, scratch=deployment.scratch)
+        fetched = deployment.remote.fetch(report, request.output)
         deployment.require(fetched, expected="the report on this machine")
     where = f"the report in {request.output}" if has_report else "the output below"
     fix = f"Read {where}, mend what it names, and run the same command again."
-    finish(deployment, ended, expected="every scenario to pass", fix=fix, is_verdict=ended.status == 1)
+    finish(deployment, job, ended, expected="every scenario to pass", fix=fix, judges=True)
     if not has_report:
-        raise StepError(expected="a report.json", got="none", fix=fix, finished=ended.finished, said=ended.log)
+        raise StepError(expected="a report.json", got="none", fix=fix, command=job.line, said=ended.log)
     again = " (ran before, --rerun runs it again)" if passed_before else ""
     return f"passed, report in {request.output}{again}"
 
 
-def finish(deployment: Deployment, ended: Observed, *, expected: str, fix: str, is_verdict: bool = False) -> None:
-    """Raises StepError unless the job ended with status 0."""
+def finish(deployment: Deployment, job: Job, ended: Observed, *, expected: str, fix: str, judges: bool = False) -> None:
+    """Raises StepError unless the job ended with status 0; status 1 of one that `judges` is its verdict."""
     deployment.require(ended.finished, expected=expected)
     if ended.status == 0:
         return
     got = f"exit status {ended.status}"
+    problem = space_problem(ended.log)
     if ended.status is None:
         got = "a run that ended without an exit status"
         fix = "It was killed, for want of memory perhaps, or the host restarted. Run the same command again."
-    elif (problem := space_problem(ended.log)) is not None:
+    elif problem is not None:
         got, fix = problem
-    raise StepError(expected=expected, got=got, fix=fix, finished=ended.finished, said=ended.log, is_verdict=is_verdict)
+    raise StepError(
+        expected=expected,
+        got=got,
+        fix=fix,
+        command=job.line,
+        said=ended.log,
+        is_verdict=judges and ended.status == 1 and problem is None,
+    )
 
 
 def in_project(deployment: Deployment, arguments: str) -> str:

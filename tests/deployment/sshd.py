@@ -13,24 +13,8 @@ from pathlib import Path
 
 SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
 # What the host has on its PATH; whatever else it needs, a test adds.
-PROGRAMS = [
-    "cat",
-    "chmod",
-    "find",
-    "grep",
-    "head",
-    "mkdir",
-    "mv",
-    "nohup",
-    "rm",
-    "rsync",
-    "setsid",
-    "sh",
-    "sleep",
-    "tail",
-    "tar",
-    "uname",
-]
+PROGRAMS = ("cat", "chmod", "find", "grep", "head", "mkdir", "mv", "nohup", "rm", "rsync", "setsid", "sh", "sleep")
+PROGRAMS += ("tail", "tar", "uname")
 SECONDS_TO_START = 10.0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -135,9 +136,8 @@ def test_tar_copies_where_rsync_is_missing(
     if side == "host":
         (host.bin / "rsync").unlink()
     else:
-        monkeypatch.setattr(
-            "shutil.which", lambda name, which=__import__("shutil").which: name != "rsync" and which(name)
-        )
+        find = shutil.which
+        monkeypatch.setattr(shutil, "which", lambda name: None if name == "rsync" else find(name))
     result = deploy("--directory", ODD)
     assert result.exit_code == 0, result.output
     assert "copies by tar" in result.stdout
