@@ -60,7 +60,8 @@ def space_problem(said: str) -> tuple[str, str] | None:
         >>> space_problem("tar: x: Cannot write: No space left on device")[0]
         'a full disk'
     """
-    if any(words in said for words in ("No space left on device", "Disk quota exceeded", "Errno 28")):
+    # "Wrote only" is tar's word for it.
+    if any(words in said for words in ("No space left on device", "Disk quota exceeded", "Errno 28", "Wrote only ")):
         return "a full disk", "Make room on the host, or choose another disk with --directory."
     return None
 

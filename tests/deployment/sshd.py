@@ -96,7 +96,7 @@ class Host:
         (self.root / "sshd_config").write_text(
             f"Port {self.port}\nListenAddress 127.0.0.1\nHostKey {host_key}\nPidFile none\n"
             f"AuthorizedKeysFile {self.root}/authorized_keys\nStrictModes no\nUsePAM no\nPermitRootLogin yes\n"
-            "PasswordAuthentication no\nKbdInteractiveAuthentication no\nUseDNS no\nMaxStartups 100\n"
+            "PasswordAuthentication no\nKbdInteractiveAuthentication no\nKexAlgorithms curve25519-sha256\nUseDNS no\nMaxStartups 100\n"
             f"AcceptEnv *\nSetEnv HOME={self.home} PATH={self.bin}\n"
         )
         # SendEnv: a user may have it, and no token may follow it.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -34,15 +36,26 @@ def when(path: Path, act: Callable[[], None]) -> threading.Thread:
     return thread
 
 
+# Passes bytes on as they come, since rsync's two sides take turns; gives the test time to cut.
+RELAY = f"""
+import os, sys, time
+passed = 0
+while passed < {CUT_AFTER} and (data := os.read(0, 8192)):
+    passed += os.write(1, data)
+open(sys.argv[1], "w").close()
+time.sleep(0.5)
+"""
+
+
 @pytest.fixture
 def cut_while_copying(host: Host, stand_in: Path) -> threading.Thread:
     """The host's first rsync gets CUT_AFTER bytes; then the connection is cut, and later ones are whole."""
     (stand_in / "pyproject.toml").write_bytes(random.Random(0).randbytes(LARGE))
+    (host.root / "relay.py").write_text(RELAY)
     rsync = (host.bin / "rsync").readlink()
     host.install(
         "rsync",
-        f'[ -e "$HOME/cut" ] && exec {rsync} "$@"\n'
-        f'{{ head -c {CUT_AFTER}; : >"$HOME/cut"; exec sleep {SECONDS_TO_WAIT}; }} | {rsync} "$@"',
+        f'[ -e "$HOME/cut" ] && exec {rsync} "$@"\npython3 {host.root}/relay.py "$HOME/cut" | {rsync} "$@"',
     )
     return when(host.home / "cut", host.cut)
 
@@ -68,9 +81,7 @@ def test_a_cut_copy_is_resumed_by_the_next_run(
     )
     assert "Run the same command again" in result.stderr
     copy = host.home / ".cache/flashcore/deploy/project/pyproject.toml"
-    deadline = time.monotonic() + SECONDS_TO_WAIT
-    while not copy.exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
+    when(copy, lambda: None).join()
     # What had arrived was kept for the next run to go on from.
     assert 0 < copy.stat().st_size < LARGE
     result = deploy()
@@ -121,6 +132,20 @@ def test_a_host_that_is_gone_for_longer(deploy: Deploy, host: Host, tmp_path: Pa
 
 
 def test_a_killed_run_starts_over(deploy: Deploy, host: Host) -> None:
-    host.install("python3", 'exec /no/such/python "$@"')
-    (host.home / "hold").touch()
-    assert deploy().exit_code == 2
+    hold = host.home / "hold"
+    hold.touch()
+
+    def kill() -> None:
+        (pid,) = host.home.glob(".cache/flashcore/deploy/runs/validation-*/pid")
+        os.killpg(int(pid.read_text()), signal.SIGKILL)
+
+    waiting = when(host.home / "validations", kill)
+    killed = deploy()
+    waiting.join()
+    assert killed.exit_code == 2
+    assert "step 8 of 8, validate: expected every scenario to pass, got a run that ended without an exit status." in (
+        killed.stderr
+    )
+    hold.unlink()
+    assert deploy().exit_code == 0
+    assert (host.home / "validations").read_text() == "started\n" * 2
