@@ -14,9 +14,12 @@ from flashcore_ops.commands.console import stderr_console
 from flashcore_ops.deployment.project import stage_project
 from flashcore_ops.deployment.remote import Remote
 from flashcore_ops.deployment.request import DeployRequest
-from flashcore_ops.deployment.steps import STEPS, Deployment, run_step
+from flashcore_ops.deployment.session import Deployment
+from flashcore_ops.deployment.steps import STEPS, run_step
 from flashcore_ops.errors import DeploymentError, OptionError
 
+# What shells report for a program that Ctrl-C ended.
+INTERRUPTED = 130
 NAME_WIDTH = max(len(step.name) for step in STEPS)
 
 
@@ -26,7 +29,7 @@ def run_deploy(request: DeployRequest, *, dry_run: bool = False) -> int:
     A dry run prints the commands in place of running them, as if the host were fresh, had rsync and no GPU.
 
     Returns:
-        The exit status: 0 the validation passed, 1 it ran and did not, 2 a step failed.
+        The exit status: 0 the validation passed, 1 it ran and did not, 2 a step failed, 130 Ctrl-C.
 
     Raises:
         FlashCoreError: the request cannot be served, or there is no project to copy.
@@ -74,6 +77,10 @@ def take_steps(deployment: Deployment) -> int:
             console.print(line("✗", "red", step.name, "failed"))
             errors.print(Text.assemble(("error: ", "bold red"), str(error)))
             return error.exit_status
+        except KeyboardInterrupt:
+            console.print(line("✗", "red", step.name, "interrupted"))
+            errors.print("What was started on the host runs on; the same command finds it again.")
+            return INTERRUPTED
         console.print(line("✓", "green", step.name, found))
     return 0
 

@@ -8,6 +8,10 @@ from flashcore_ops.deployment.commands import Finished
 from flashcore_ops.deployment.remote import RSYNC_LOST, SSH_LOST, Destination
 
 SHOWN_LINES = 40
+LOST = (
+    "a lost connection",
+    "Run the same command again: it goes on where it stopped, and what was started on the host runs on.",
+)
 
 
 class StepError(Exception):
@@ -32,8 +36,10 @@ class StepError(Exception):
         return f"command:\n{textwrap.indent(self._command, indent)}\nits output:\n{textwrap.indent(said, indent)}"
 
 
-def require(finished: Finished, *, expected: str, fix: str, destination: Destination) -> Finished:
+def require(finished: Finished, *, expected: str, fix: str, unreached: Destination | None = None) -> Finished:
     """Returns a command that ended well; explains any other, by its own words where they are known.
+
+    `unreached` is a destination that has not answered yet, so that its name, port or keys may be wrong.
 
     Raises:
         StepError: the command did not exit with status 0.
@@ -43,7 +49,9 @@ def require(finished: Finished, *, expected: str, fix: str, destination: Destina
     said = finished.said
     program = finished.command.argv[0]
     is_lost = finished.status in {"ssh": (SSH_LOST,), "rsync": RSYNC_LOST}.get(program, ())
-    known = space_problem(said) or (connection_problem(said, destination) if is_lost else None)
+    known = space_problem(said)
+    if known is None and is_lost:
+        known = LOST if unreached is None else connection_problem(said, unreached)
     if known is not None:
         got, fix = known
     elif finished.status == 127 and program in said:
@@ -91,7 +99,4 @@ def connection_problem(said: str, destination: Destination) -> tuple[str, str]:
         return "a name that nothing answers to", "Check HOST."
     if any(words in said for words in ("Connection refused", "timed out", "No route to host", "unreachable")):
         return "no answer", "Check HOST and --port, that the host is up, and that a firewall lets ssh through."
-    return (
-        "a lost connection",
-        "Run the same command again: it goes on where it stopped, and what was started on the host runs on.",
-    )
+    return "no connection", "See what ssh says below; connecting by hand with ssh -v says more."

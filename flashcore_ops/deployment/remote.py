@@ -19,15 +19,21 @@ SSH_OPTIONS = (
     *("-o", "BatchMode=yes"),
     *("-o", "StrictHostKeyChecking=yes"),
     *("-o", "RemoteCommand=none"),
+    *("-o", "ControlMaster=no"),
+    *("-o", "ControlPersist=no"),
     *("-o", "ConnectTimeout=15"),
     *("-o", "ServerAliveInterval=10"),
     *("-o", "ServerAliveCountMax=3"),
 )
 SSH_LOST = 255
+# The shell's own status for a program that cannot be run.
+NO_SHELL = 126
 # What rsync exits with when its connection breaks or times out, and what ssh does.
 RSYNC_LOST = (10, 12, 30, 35, SSH_LOST)
 ATTEMPTS = 4
 FIRST_PAUSE_SECONDS = 1.0
+# Of the 104 bytes that the tightest system allows, ssh takes 17 for a name of its own while it starts to listen.
+LONGEST_SOCKET_PATH = 86
 # A host's shell start-up files may print; only what follows this line is ours.
 MARK = "--- flashcore ---"
 # What the host makes beside the project's own files.
@@ -82,6 +88,16 @@ def host_path(path: str) -> str:
     return f'"$HOME"/{shlex.quote(rest)}' if rest else '"$HOME"'
 
 
+def host_program(name: str) -> str:
+    r"""A program of the host as its shell takes it: one on the PATH, or a path, which may start with `~/`.
+
+    Example:
+        >>> host_program("python3.12"), host_program("~/my env/bin/python")
+        ('python3.12', '"$HOME"/\'my env/bin/python\'')
+    """
+    return host_path(name) if name.startswith("~/") else shlex.quote(name)
+
+
 class Remote:
     """Runs and copies through one destination; `scratch` is a local directory for its socket and archives.
 
@@ -93,10 +109,11 @@ class Remote:
         self.destination = destination
         self.has_rsync = shutil.which("rsync") is not None
         # Before the first answer, a failing connection is a wrong address or key, which no second try mends.
-        self._is_reached = False
+        self.is_reached = False
         self._scratch = scratch
         self._show = show
-        self._socket = scratch / "ssh"
+        socket = str(scratch / "ssh")
+        self._socket = socket if len(socket.encode()) <= LONGEST_SOCKET_PATH else "none"
         self._kept: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -109,7 +126,7 @@ class Remote:
 
     def reached(self, *, has_rsync: bool) -> None:
         """Says that the host has answered, and whether it has rsync: from now on cut connections are mended."""
-        self._is_reached = True
+        self.is_reached = True
         self.has_rsync = self.has_rsync and has_rsync
         if self._show is not None:
             self._show(f"{self._keeper().shown()} &")
@@ -121,8 +138,13 @@ class Remote:
         whole = f"{{\necho '{MARK}'\n{script}\n}} </dev/null"
         command = Command((*self._ssh(), "--", self.destination.host, "exec sh -s"), script=whole)
         finished = self._attempt(command, lost=(SSH_LOST,), assuming=assuming)
-        answer = finished.output.partition(MARK + "\n")[2] if self._show is None else finished.output
-        return Finished(command, finished.status, answer, finished.errors)
+        if self._show is not None:
+            return finished
+        before, mark, answer = finished.output.partition(MARK + "\n")
+        if finished.status == 0 and not mark:
+            # Such as an account whose key may run one fixed command.
+            return Finished(command, NO_SHELL, before, finished.errors)
+        return Finished(command, finished.status, answer or before, finished.errors)
 
     def send(self, source: Path, target: str) -> Finished:
         """Makes the host's directory `target` (a `host_path`) equal to `source`, but for what was made there."""
@@ -150,23 +172,23 @@ class Remote:
         return self._attempt(Command(("tar", "-C", str(target), "-xf", str(archive))))
 
     def _ssh(self) -> tuple[str, ...]:
-        return (*self.destination.ssh(), "-S", str(self._socket))
+        return (*self.destination.ssh(), "-S", self._socket)
 
     def _keeper(self) -> Command:
         return Command((*self._ssh(), "-M", "-N", "--", self.destination.host))
 
     def _keep_connection(self) -> None:
-        if self._kept is None or self._kept.poll() is not None:
+        if self._socket != "none" and (self._kept is None or self._kept.poll() is not None):
             # What a killed one left would keep the next one from listening.
-            self._socket.unlink(missing_ok=True)
+            Path(self._socket).unlink(missing_ok=True)
             self._kept = start(self._keeper())
 
     def _in_shell(self, line: str) -> tuple[str, ...]:
         return (*self._ssh(), "--", self.destination.host, f"exec sh -c {shlex.quote(line)}")
 
     def _rsync_host(self) -> str:
-        host = self.destination.host
-        return f"[{host}]" if ":" in host else host
+        user, at, host = self.destination.host.rpartition("@")
+        return f"{user}{at}[{host}]" if ":" in host else f"{user}{at}{host}"
 
     def _rsync(self, source: str, target: str, *, directory: str, flags: tuple[str, ...]) -> Finished:
         argv = ("rsync", "--recursive", "--times", "--partial", "--compress", *flags)
@@ -179,7 +201,7 @@ class Remote:
             self._show(command.shown())
             return Finished(command, status=0, output=assuming)
         pause = FIRST_PAUSE_SECONDS
-        for _ in range(ATTEMPTS - 1 if self._is_reached else 0):
+        for _ in range(ATTEMPTS - 1 if self.is_reached else 0):
             self._keep_connection()
             finished = execute(command)
             if finished.status not in lost:

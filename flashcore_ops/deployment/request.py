@@ -32,7 +32,7 @@ class DeployRequest:
         """Raises OptionError for a value that can be refused before the host is reached."""
         host, user = self.destination.host, self.destination.user
         # ssh would read a leading dash as an option, and rsync takes no ssh:// address.
-        if not re.fullmatch(r"[^-\s/@][^\s/]*(@[^\s/]+)?", host):
+        if not re.fullmatch(r"([^-\s/][^\s/]*@)?[^-\s/@][^\s/@]*", host):
             raise OptionError.explain(
                 "HOST",
                 expected="a name of ssh's configuration, a host name, or an IP address",
@@ -45,9 +45,7 @@ class DeployRequest:
             )
         for option, path in (("--identity", self.destination.identity), ("--ssh-config", self.destination.ssh_config)):
             if path is not None and not path.is_file():
-                raise OptionError.explain(
-                    option, expected="a file", got=f"{path}, which is none", fix="Check the path."
-                )
+                raise OptionError.explain(option, expected="a file", got=f"none at {path}", fix="Check the path.")
         if not self.directory or re.match(r"~[^/]", self.directory) or "\0" in self.directory:
             raise OptionError.explain(
                 "--directory",
@@ -57,7 +55,7 @@ class DeployRequest:
             )
         if self.output.exists() and not self.output.is_dir():
             raise OptionError.explain(
-                "--output", expected="a directory", got=f"the file {self.output}", fix="Choose another path."
+                "--output", expected="a directory", got=f"a file, {self.output}", fix="Choose another path."
             )
         self._check_model()
 

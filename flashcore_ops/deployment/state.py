@@ -17,7 +17,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class State:
-    """The marks of finished steps by their names, and the GPU that they were made with."""
+    """The marks of finished steps by their names, in the order of the steps, and the GPU that they were made with."""
 
     gpu: str | None = None
     marks: dict[str, Mark] = field(default_factory=dict)
@@ -37,14 +37,22 @@ class State:
         """The state once the step is done."""
         return replace(self, marks={**self.marks, step: mark})
 
-    def without(self, step: str) -> State:
-        """The state while the step is under way."""
-        return replace(self, marks={name: mark for name, mark in self.marks.items() if name != step})
+    def until(self, step: str) -> State:
+        """The state while the step is under way: what was done after it no longer counts.
+
+        Example:
+            >>> state = State(marks={name: Mark("abc", "") for name in ("copy", "environment", "smoke test")})
+            >>> list(state.until("environment").marks)
+            ['copy']
+        """
+        names = list(self.marks)
+        kept = names[: names.index(step)] if step in self.marks else names
+        return replace(self, marks={name: self.marks[name] for name in kept})
 
     def to_json(self) -> str:
         """The text of the file."""
         marks = {name: [mark.key, mark.found] for name, mark in self.marks.items()}
-        return json.dumps({"gpu": self.gpu, "marks": marks}, sort_keys=True)
+        return json.dumps({"gpu": self.gpu, "marks": marks})
 
     @classmethod
     def from_json(cls, text: str) -> State:

@@ -5,78 +5,18 @@ from __future__ import annotations
 import shlex
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from hashlib import sha256
 
-from flashcore_ops.deployment.commands import Finished
-from flashcore_ops.deployment.failures import StepError, require, space_problem
+from flashcore_ops.deployment.failures import StepError, space_problem
 from flashcore_ops.deployment.hub import fix_for
-from flashcore_ops.deployment.jobs import Job, Observed, running_jobs
-from flashcore_ops.deployment.project import Project
-from flashcore_ops.deployment.remote import Remote, host_path
-from flashcore_ops.deployment.request import DeployRequest
-from flashcore_ops.deployment.state import Mark, State
+from flashcore_ops.deployment.jobs import Job, Observed
+from flashcore_ops.deployment.remote import host_path, host_program
+from flashcore_ops.deployment.session import Deployment
+from flashcore_ops.deployment.state import State
 from flashcore_ops.errors import DeploymentError, ValidationFailedError
 
-AGAIN = "Run the same command again: it goes on where it stopped."
 ON_HOST = "flashcore_ops.deployment.on_host"
-
-
-@dataclass
-class Deployment:
-    """One deployment under way; `progress` gets passing news."""
-
-    request: DeployRequest
-    project: Project
-    remote: Remote
-    progress: Callable[[str], None] = field(default=lambda news: None)
-    state: State = field(default_factory=State)
-
-    def host(self, name: str = "") -> str:
-        """A path below the deployment's directory, as the host's shell takes it; `name` is a plain word."""
-        directory = host_path(self.request.directory)
-        return f"{directory}/{name}" if name else directory
-
-    def run(self, script: str, *, expected: str, fix: str = AGAIN, assuming: str = "") -> str:
-        """Runs a script on the host and returns what it printed; raises StepError where it fails."""
-        finished = self.remote.run(script, assuming=assuming)
-        return self.require(finished, expected=expected, fix=fix).output.strip()
-
-    def require(self, finished: Finished, *, expected: str, fix: str = AGAIN) -> Finished:
-        """As `failures.require`."""
-        return require(finished, expected=expected, fix=fix, destination=self.request.destination)
-
-    def keep(self, state: State) -> None:
-        """Notes on the host what has been done."""
-        path = self.host("state.json")
-        write = f"printf %s {shlex.quote(state.to_json())} >{path}.partial && mv {path}.partial {path}"
-        self.run(f"umask 077\nmkdir -p {self.host()} && {write}", expected="a directory that can be written")
-        self.state = state
-
-    def once(self, step: str, key: str, work: Callable[[], str], *, still: str = "true") -> str:
-        """Does a step's work, unless it was done for this key and the script `still` succeeds on the host."""
-        found = self.state.found(step, key)
-        if found is not None and self.remote.run(still).status == 0:
-            return f"{found} (done before)"
-        if step in self.state.marks:
-            self.keep(self.state.without(step))
-        found = work()
-        self.keep(self.state.with_mark(step, Mark(key, found)))
-        return found
-
-    def require_idle(self, but: str = "") -> None:
-        """Raises StepError if a job of an earlier deployment, other than `but`, is running: it uses the same files."""
-        finished = self.require(running_jobs(self.remote, self.host("runs")), expected="a list of running jobs")
-        others = [line.split() for line in finished.output.splitlines() if line and line.split()[0] != but]
-        if others:
-            name, process = others[0]
-            raise StepError(
-                expected="no job of an earlier deployment",
-                got=f"{name} running there",
-                fix=f"Wait for its end, or stop it on the host with: kill -- -{process}",
-                command=finished.command.shown(),
-                said=finished.said,
-            )
 
 
 def reach(deployment: Deployment) -> str:
@@ -89,10 +29,11 @@ def reach(deployment: Deployment) -> str:
         fix="Check that the login shell there starts without errors.",
         assuming="the host\nrsync",
     )
-    system, tool, *kept = answer.split("\n", 2)
+    system, _, rest = answer.partition("\n")
+    tool, _, kept = rest.partition("\n")
     remote = deployment.remote
     remote.reached(has_rsync=tool == "rsync")
-    deployment.state = State.from_json("".join(kept))
+    deployment.state = State.from_json(kept)
     return f"{deployment.request.destination.host}: {system}, copies by {'rsync' if remote.has_rsync else 'tar'}"
 
 
@@ -109,9 +50,9 @@ def find_gpu(deployment: Deployment) -> str:
     has_gpu = answer.startswith("gpu\n")
     gpu = describe_gpus(answer.splitlines()[1:]) if has_gpu else ""
     if deployment.state.gpu not in (None, gpu):
+        deployment.require_idle()
         deployment.run(f"rm -rf {deployment.host('runs')}", expected="the results of another GPU removed")
-        marks = {name: mark for name, mark in deployment.state.marks.items() if name == "copy"}
-        deployment.keep(State(gpu, marks))
+        deployment.keep(replace(deployment.state.until("environment"), gpu=gpu))
     deployment.state = replace(deployment.state, gpu=gpu)
     return gpu or " ".join(answer.split())
 
@@ -144,7 +85,7 @@ def copy_project(deployment: Deployment) -> str:
 
 def make_environment(deployment: Deployment) -> str:
     """Lets the project's own set-up make `.venv` there, apart from this connection."""
-    python = shlex.quote(deployment.request.python)
+    python = host_program(deployment.request.python)
     key = digest(deployment.project.digest, deployment.request.python)
     line = f"cd {deployment.host('project')} && exec {python} scripts/setup_env.py .venv"
     job = Job(deployment.remote, parent=deployment.host("runs"), name=f"environment-{key}", line=line)
@@ -178,11 +119,13 @@ def smoke_test(deployment: Deployment) -> str:
     return deployment.once(
         "smoke test",
         digest(deployment.project.digest, deployment.request.python),
-        lambda: deployment.run(
-            in_project(deployment, f"-m {ON_HOST}.smoke {device}"),
-            expected=f"the ops to import and attention to agree with torch's on {device}",
-            fix="The output below says what failed there; with a GPU, the driver may be too old for this torch.",
-            assuming="attention agrees",
+        lambda: last_line(
+            deployment.run(
+                in_project(deployment, f"-m {ON_HOST}.smoke {device}"),
+                expected=f"the ops to import and attention to agree with torch's on {device}",
+                fix="The output below says what failed there; with a GPU, the driver may be too old for this torch.",
+                assuming="attention agrees",
+            )
         ),
     )
 
@@ -195,7 +138,7 @@ def check_hub_access(deployment: Deployment) -> str:
         finished = deployment.remote.run(script, assuming="open model")
         fix = fix_for(finished.status, request.hub_id, request.directory)
         found = deployment.require(finished, expected=f"access to {request.hub_id} on the hub", fix=fix)
-        return found.output.strip().splitlines()[-1]
+        return last_line(found.output)
     if request.model is None:
         return "not needed: " + (f"random weights of {request.random}" if request.random else "the default model")
     deployment.run(
@@ -231,21 +174,23 @@ def validate(deployment: Deployment) -> str:
     report = f"{deployment.host('runs')}/{name}/report"
     line = f"mkdir -p {report} && exec sh {deployment.host('run_validation.sh')} {report}"
     job = Job(deployment.remote, parent=deployment.host("runs"), name=name, line=line)
+    has_report = f"test -f {report}/report.json"
     before = job.observe()
-    passed_before = before.status == 0 and not request.rerun
+    passed_before = before.status == 0 and not request.rerun and deployment.holds(has_report)
     if not passed_before:
         deployment.require_idle(but=name)
     if not passed_before and before.state != "running":
         deployment.require(job.discard(), expected="the remains of an earlier run removed")
     ended = job.follow(deployment.progress)
-    has_report = deployment.remote.run(f"test -f {report}/report.json").status == 0
-    if has_report:
+    deployment.require(ended.finished, expected="the run to be watched to its end")
+    is_written = deployment.holds(has_report)
+    if is_written:
         fetched = deployment.remote.fetch(report, request.output)
         deployment.require(fetched, expected="the report on this machine")
-    where = f"the report in {request.output}" if has_report else "the output below"
+    where = f"the report in {request.output}" if is_written else "the output below"
     fix = f"Read {where}, mend what it names, and run the same command again."
     finish(deployment, job, ended, expected="every scenario to pass", fix=fix, judges=True)
-    if not has_report:
+    if not is_written:
         raise StepError(expected="a report.json", got="none", fix=fix, command=job.line, said=ended.log)
     again = " (ran before, --rerun runs it again)" if passed_before else ""
     return f"passed, report in {request.output}{again}"
@@ -276,6 +221,11 @@ def finish(deployment: Deployment, job: Job, ended: Observed, *, expected: str, 
 def in_project(deployment: Deployment, arguments: str) -> str:
     """A script that runs the environment's Python from the project's directory."""
     return f"cd {deployment.host('project')} && .venv/bin/python {arguments}"
+
+
+def last_line(output: str) -> str:
+    """What a program ended with; libraries may have printed before."""
+    return (output.strip().splitlines() or [""])[-1]
 
 
 def digest(*parts: str) -> str:

@@ -93,16 +93,18 @@ class Host:
         make_key(self.identity)
         (self.root / "authorized_keys").write_text(Path(f"{self.identity}.pub").read_text())
         self.know_key(Path(f"{host_key}.pub").read_text())
+        # A new connection takes half as long with this key exchange.
         (self.root / "sshd_config").write_text(
             f"Port {self.port}\nListenAddress 127.0.0.1\nHostKey {host_key}\nPidFile none\n"
             f"AuthorizedKeysFile {self.root}/authorized_keys\nStrictModes no\nUsePAM no\nPermitRootLogin yes\n"
-            "PasswordAuthentication no\nKbdInteractiveAuthentication no\nKexAlgorithms curve25519-sha256\nUseDNS no\nMaxStartups 100\n"
-            f"AcceptEnv *\nSetEnv HOME={self.home} PATH={self.bin}\n"
+            "PasswordAuthentication no\nKbdInteractiveAuthentication no\nUseDNS no\nMaxStartups 100\n"
+            f"KexAlgorithms curve25519-sha256\nAcceptEnv *\nSetEnv HOME={self.home} PATH={self.bin}\n"
         )
-        # SendEnv: a user may have it, and no token may follow it.
+        # What users may have set and a deployment must bear.
         self.ssh_config.write_text(
             f"Host *\nUser {getpass.getuser()}\nUserKnownHostsFile {self.known_hosts}\n"
             "GlobalKnownHostsFile none\nIdentityAgent none\nSendEnv *\nStrictHostKeyChecking no\n"
+            f"ControlMaster auto\nControlPath {self.root}/c\nControlPersist yes\nRemoteCommand false\n"
         )
 
 

@@ -53,6 +53,14 @@ def test_changed_host_key(deploy: Deploy, host: Host, tmp_path: Path) -> None:
     assert host.connections() == 0
 
 
+def test_an_account_without_a_shell(deploy: Deploy, host: Host) -> None:
+    keys = host.root / "authorized_keys"
+    keys.write_text(f'command="echo only backups here" {keys.read_text()}')
+    said = failure(deploy)
+    assert "step 1 of 8, reach the host: expected a shell on the host" in said
+    assert "only backups here" in said
+
+
 def test_no_python(deploy: Deploy, host: Host) -> None:
     (host.bin / "python3").unlink()
     said = failure(deploy)
