@@ -32,6 +32,8 @@ NO_SHELL = 126
 RSYNC_LOST = (10, 12, 30, 35, SSH_LOST)
 ATTEMPTS = 4
 FIRST_PAUSE_SECONDS = 1.0
+# ssh's word for connections that stand alone.
+NO_SOCKET = "none"
 # Of the 104 bytes that the tightest system allows, ssh takes 17 for a name of its own while it starts to listen.
 LONGEST_SOCKET_PATH = 86
 # A host's shell start-up files may print; only what follows this line is ours.
@@ -113,7 +115,7 @@ class Remote:
         self._scratch = scratch
         self._show = show
         socket = str(scratch / "ssh")
-        self._socket = socket if len(socket.encode()) <= LONGEST_SOCKET_PATH else "none"
+        self._socket = socket if len(socket.encode()) <= LONGEST_SOCKET_PATH else NO_SOCKET
         self._kept: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -128,7 +130,7 @@ class Remote:
         """Says that the host has answered, and whether it has rsync: from now on cut connections are mended."""
         self.is_reached = True
         self.has_rsync = self.has_rsync and has_rsync
-        if self._show is not None:
+        if self._show is not None and self._socket != NO_SOCKET:
             self._show(f"{self._keeper().shown()} &")
 
     def run(self, script: str, *, assuming: str = "") -> Finished:
@@ -178,7 +180,7 @@ class Remote:
         return Command((*self._ssh(), "-M", "-N", "--", self.destination.host))
 
     def _keep_connection(self) -> None:
-        if self._socket != "none" and (self._kept is None or self._kept.poll() is not None):
+        if self._socket != NO_SOCKET and (self._kept is None or self._kept.poll() is not None):
             # What a killed one left would keep the next one from listening.
             Path(self._socket).unlink(missing_ok=True)
             self._kept = start(self._keeper())
