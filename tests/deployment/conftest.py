@@ -21,13 +21,30 @@ MISSING = [program for program in (*PROGRAMS, "git", "ssh", "ssh-keygen") if shu
 MISSING += ["sshd"] * (SSHD is None)
 
 
-@pytest.fixture
-def host(tmp_path: Path) -> Iterator[Host]:
-    """A host with python3 and rsync, and without a GPU."""
+@pytest.fixture(scope="session")
+def why_no_host(tmp_path_factory: pytest.TempPathFactory) -> str | None:
+    """Why this machine cannot be logged in to by its own user; None if it can."""
     if not sys.platform.startswith("linux"):
-        pytest.skip("the test's OpenSSH server needs Linux's /proc")
+        return "the test's OpenSSH server needs Linux's /proc"
     if MISSING:
-        pytest.skip(f"needs {', '.join(MISSING)} (Debian: openssh-server openssh-client rsync git)")
+        return f"needs {', '.join(MISSING)} (Debian: openssh-server openssh-client rsync git)"
+    host = Host(tmp_path_factory.mktemp("trial") / "host")
+    try:
+        host.start()
+        said = host.refusal()
+    except RuntimeError as error:
+        said = str(error)
+    finally:
+        host.stop()
+    # Such as an account that is locked or has no shell.
+    return said and f"this user cannot log in to an OpenSSH server of its own: {said}"
+
+
+@pytest.fixture
+def host(tmp_path: Path, why_no_host: str | None) -> Iterator[Host]:
+    """A host with python3 and rsync, and without a GPU."""
+    if why_no_host:
+        pytest.skip(why_no_host)
     host = Host(tmp_path / "host")
     host.install("python3", f'exec {sys.executable} "$@"')
     host.start()

@@ -11,6 +11,8 @@ import subprocess
 import time
 from pathlib import Path
 
+from flashcore_ops.deployment.remote import Destination
+
 SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
 # What the host has on its PATH; whatever else it needs, a test adds.
 PROGRAMS = ("cat", "chmod", "find", "grep", "head", "mkdir", "mv", "nohup", "rm", "rsync", "setsid", "sh", "sleep")
@@ -82,6 +84,13 @@ class Host:
             raise RuntimeError("the server is not running")
         for pid in session_processes(self._process.pid):
             os.kill(pid, signal.SIGKILL)
+
+    def refusal(self) -> str:
+        """The end of the server's log if a plain login fails, else nothing."""
+        login = Destination("127.0.0.1", port=self.port, identity=self.identity, ssh_config=self.ssh_config).ssh()
+        if subprocess.run([*login, "127.0.0.1", "true"], capture_output=True).returncode == 0:
+            return ""
+        return " | ".join(self.log.read_text().splitlines()[-3:])
 
     def connections(self) -> int:
         """How many have logged in so far."""

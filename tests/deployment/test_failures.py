@@ -139,9 +139,19 @@ def test_full_disk(deploy: Deploy, host: Host, stand_in: Path, small_disk: Path,
     assert ("No space left on device" if tool == "rsync" else "tar: ./pyproject.toml: ") in said
 
 
-def test_full_disk_in_the_words_of_pip(deploy: Deploy, host: Host) -> None:
-    """The set-up stands in for pip here; the disk is not full."""
-    host.install("python3", "echo 'ERROR: Could not install packages: [Errno 28] No space left on device' >&2; exit 1")
+FULL = "No space left on device"
+
+
+@pytest.mark.parametrize(
+    ("program", "words", "step"),
+    [
+        ("rsync", f"rsync: [receiver] write failed: {FULL} (28)", "step 3 of 8, copy the project"),
+        ("python3", f"ERROR: Could not install packages: [Errno 28] {FULL}", "step 4 of 8, make the environment"),
+    ],
+)
+def test_words_for_a_full_disk(deploy: Deploy, host: Host, program: str, words: str, step: str) -> None:
+    """A program that only says so: where no file system may be mounted, these are the tests of it."""
+    host.install(program, f"echo '{words}' >&2; exit 11")
     said = failure(deploy)
-    assert "step 4 of 8, make the environment" in said
+    assert step in said
     assert "got a full disk. Make room on the host" in said
