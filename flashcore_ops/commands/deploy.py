@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.status import Status
@@ -21,6 +22,18 @@ from flashcore_ops.errors import DeploymentError, OptionError
 # What shells report for a program that Ctrl-C ended.
 INTERRUPTED = 130
 NAME_WIDTH = max(len(step.name) for step in STEPS)
+
+
+class Mark(NamedTuple):
+    """How a step ended; the word is for output that cannot write the symbol."""
+
+    symbol: str
+    word: str
+    style: str
+
+
+TICK = Mark("✓", "ok", "green")
+CROSS = Mark("✗", "no", "red")
 
 
 def run_deploy(request: DeployRequest, *, dry_run: bool = False) -> int:
@@ -74,14 +87,14 @@ def take_steps(deployment: Deployment) -> int:
                 deployment.progress = partial(show_news, status, step.name)
                 found = run_step(deployment, step)
         except DeploymentError as error:
-            console.print(line("✗", "red", step.name, "failed"))
+            console.print(line(CROSS, step.name, "failed", encoding=console.encoding))
             errors.print(Text.assemble(("error: ", "bold red"), str(error)))
             return error.exit_status
         except KeyboardInterrupt:
-            console.print(line("✗", "red", step.name, "interrupted"))
+            console.print(line(CROSS, step.name, "interrupted", encoding=console.encoding))
             errors.print("What was started on the host runs on; the same command finds it again.")
             return INTERRUPTED
-        console.print(line("✓", "green", step.name, found))
+        console.print(line(TICK, step.name, found, encoding=console.encoding))
     return 0
 
 
@@ -90,6 +103,13 @@ def show_news(status: Status, name: str, news: str) -> None:
     status.update(Text(f"{name}: {news}"))
 
 
-def line(mark: str, style: str, name: str, found: str) -> Text:
-    """A step's line: a tick or a cross, its name, and what was found."""
-    return Text.assemble((mark, style), f" {name:<{NAME_WIDTH}}  ", found)
+def line(mark: Mark, name: str, found: str, *, encoding: str) -> Text:
+    """A step's line: a tick or a cross, its name, and what was found, as far as the encoding can write them.
+
+    Example:
+        >>> line(TICK, "smoke test", "näive", encoding="ascii").plain.split()
+        ['ok', 'smoke', 'test', 'n?ive']
+    """
+    symbol = mark.symbol if encoding.lower().startswith("utf") else mark.word
+    written = found.encode(encoding, errors="replace").decode(encoding)
+    return Text.assemble((symbol, mark.style), f" {name:<{NAME_WIDTH}}  ", written)
