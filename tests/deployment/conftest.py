@@ -50,6 +50,8 @@ def host(tmp_path: Path, why_no_host: str | None) -> Iterator[Host]:
     host.start()
     yield host
     host.stop()
+    # A failed test leaves no run behind that waits for it.
+    (host.home / "hold").unlink(missing_ok=True)
 
 
 @pytest.fixture
