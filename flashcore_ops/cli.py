@@ -187,6 +187,54 @@ def memory(
         Console(highlight=False).print(render_memory(make_report(request)))
 
 
+@app.command()
+def deploy(
+    host: Annotated[str, typer.Argument(metavar="HOST", help="A host, or its name in ssh's configuration.")],
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="A hub id, or a directory on the host as /path or ~/path. Left out: SmolLM2-135M-Instruct.",
+            show_default=False,
+        ),
+    ] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="ssh's port.")] = None,
+    user: Annotated[str | None, typer.Option(help="Who to log in as.")] = None,
+    identity: Annotated[Path | None, typer.Option(help="The private key's file; it stays here.")] = None,
+    ssh_config: Annotated[Path | None, typer.Option(help="Read this in place of ssh's own configuration.")] = None,
+    directory: Annotated[str, typer.Option(help="Where everything goes on the host.")] = "~/.cache/flashcore/deploy",
+    python: Annotated[str, typer.Option(help="The host's Python, 3.11 or newer.")] = "python3",
+    random: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Validate random weights of this shape, such as llama-3.1-8b.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="As of `flashcore validate`.")] = None,
+    baseline: Annotated[bool, typer.Option("--baseline", help="As of `flashcore validate`.")] = False,
+    output: Annotated[Path, typer.Option(help="Where the report goes on this machine.")] = Path("flashcore-validation"),
+    rerun: Annotated[bool, typer.Option("--rerun", help="Validate again although it passed before.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the commands and run none.")] = False,
+) -> None:
+    """Install FlashCore on another host over ssh, validate it there, and bring the report back."""
+    with plain_errors():
+        from flashcore_ops.commands.deploy import run_deploy
+        from flashcore_ops.deployment.remote import Destination
+        from flashcore_ops.deployment.request import DeployRequest
+
+        request = DeployRequest(
+            destination=Destination(host, port=port, user=user, identity=identity, ssh_config=ssh_config),
+            model=model,
+            random=random,
+            dtype=dtype,
+            baseline=baseline,
+            directory=directory,
+            python=python,
+            output=output,
+            rerun=rerun,
+        )
+        status = run_deploy(request, dry_run=dry_run)
+    if status != 0:
+        raise typer.Exit(code=status)
+
+
 @contextmanager
 def plain_errors() -> Iterator[None]:
     """Turns errors raised on purpose into one line on stderr and exit status 2."""

@@ -57,3 +57,15 @@ class MaskError(FlashCoreError, ValueError):
 
 class MissingDependencyError(FlashCoreError, ImportError):
     """An optional package is needed and not installed."""
+
+
+class DeploymentError(FlashCoreError, RuntimeError):
+    """A step of a deployment to another host failed; its text carries the command and what it said."""
+
+    exit_status = 2
+
+
+class ValidationFailedError(DeploymentError):
+    """The validation ran on the host and did not pass."""
+
+    exit_status = 1

@@ -17,6 +17,8 @@ FORBIDDEN = {
     # Integrations know models, not kernels.
     "flashcore_ops/integrations": {"csrc_free_kernels"},
 }
+# Deploying runs no model, so it needs none of what runs them; the host does, for what is in on_host.
+HEAVY = {"csrc_free_kernels", "huggingface_hub", "numpy", "torch", "transformers", "triton"}
 
 
 def imported_packages(path: Path) -> set[str]:
@@ -35,6 +37,13 @@ def test_imports_point_downward(package):
     assert files
     for path in files:
         assert not imported_packages(path) & FORBIDDEN[package], path
+
+
+def test_deploying_needs_nothing_that_runs_models():
+    files = [*(ROOT / "flashcore_ops" / "deployment").glob("*.py"), ROOT / "flashcore_ops" / "commands" / "deploy.py"]
+    assert len(files) > 2
+    for path in files:
+        assert not imported_packages(path) & HEAVY, path
 
 
 @pytest.mark.parametrize("package", ["csrc_free_kernels", "flashcore_ops"])

@@ -1,0 +1,1 @@
+"""What a deployment runs on the host, in the environment that it made there."""
