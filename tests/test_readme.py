@@ -120,3 +120,11 @@ def test_the_commands_are_targets():
     assert targets == ["generate", "test"]
     for target in targets:
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE)
+
+
+def test_the_same_attention_as_sdpa():
+    (block,) = [block for block in code_blocks("python") if "scaled_dot_product_attention" in block]
+    names: dict[str, Any] = {}
+    exec(block, names)
+    torch.testing.assert_close(names["after"], names["before"])
+    torch.testing.assert_close(names["after_padded"], names["before_padded"])
