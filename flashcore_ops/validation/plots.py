@@ -24,7 +24,7 @@ def check_matplotlib() -> None:
             "flashcore validate",
             expected="matplotlib, for the report's plots",
             got=str(error),
-            fix="Install matplotlib.",
+            fix="Install it, alone or by flashcore's extra `bench`.",
         ) from error
 
 
