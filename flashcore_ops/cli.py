@@ -22,6 +22,21 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+# What `generate` and `validate` have in common.
+ModelArgument = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL",
+        help="A local model directory or a Hugging Face hub id. Left out: SmolLM2-135M-Instruct.",
+        show_default=False,
+    ),
+]
+DtypeOption = Annotated[
+    str,
+    typer.Option(help="auto, float32, bfloat16 or float16. auto: bfloat16 on a GPU, float32 on the CPU."),
+]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+
 
 @app.callback()
 def main() -> None:
@@ -30,14 +45,7 @@ def main() -> None:
 
 @app.command()
 def generate(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="MODEL",
-            help="A local model directory or a Hugging Face hub id. Left out: SmolLM2-135M-Instruct.",
-            show_default=False,
-        ),
-    ] = None,
+    model: ModelArgument = None,
     prompt: Annotated[
         str, typer.Option("--prompt", "-p", help="Text to continue, as it is (no chat template).")
     ] = "Once upon a time",
@@ -46,11 +54,8 @@ def generate(
     ] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy; above 0 samples.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
-    dtype: Annotated[
-        str,
-        typer.Option(help="auto, float32, bfloat16 or float16. auto: bfloat16 on a GPU, float32 on the CPU."),
-    ] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
     compare: Annotated[
         bool,
         typer.Option("--compare", help="Run Hugging Face's sdpa too and report the first differing token."),
@@ -78,23 +83,13 @@ def generate(
 
 @app.command()
 def validate(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="MODEL",
-            help="A local model directory or a Hugging Face hub id. Left out: SmolLM2-135M-Instruct.",
-            show_default=False,
-        ),
-    ] = None,
+    model: ModelArgument = None,
     random: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Random weights in a known shape instead, such as llama-3.1-8b."),
     ] = None,
-    dtype: Annotated[
-        str,
-        typer.Option(help="auto, float32, bfloat16 or float16. auto: bfloat16 on a GPU, float32 on the CPU."),
-    ] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
     baseline: Annotated[
         bool,
         typer.Option("--baseline", help="Time decode at 512 to 4096 tokens too, beside sdpa eager and compiled."),

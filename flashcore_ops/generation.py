@@ -148,7 +148,7 @@ def _stream(
     steps = kept_steps(model)
     with steps.turn():
         step = steps.get(model, batch_size, capacity_for(prompt_len + max_new_tokens))
-        _prefill(model, step, input_ids, attention_mask, sampling=sampling, generator=generator)
+        step.tokens.copy_(sampling.choose(prefill(model, step, input_ids, attention_mask), generator)[:, None])
         has_ended = torch.zeros(batch_size, dtype=torch.bool)
         previous = torch.zeros(batch_size, dtype=torch.int64)
         for tokens in _read_ahead(step, max_new_tokens, steps_per_read, sampling=sampling, generator=generator):
@@ -175,16 +175,12 @@ def generate_tokens(model: Any, input_ids: Tensor, attention_mask: Tensor | None
     return torch.stack(list(stream_tokens(model, input_ids, attention_mask, **options)), dim=1)
 
 
-def _prefill(
-    model: Any,
-    step: DecodeStep,
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    sampling: Sampling,
-    generator: torch.Generator | None,
-) -> None:
-    """Fills the cache with the prompts and puts the first new tokens into the step."""
+def prefill(model: Any, step: DecodeStep, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Fills the step's cache with the prompts, and sets the step to go on behind them.
+
+    Returns:
+        The prompts' last logits `[B, V]`; the caller chooses the step's first tokens by them.
+    """
     device = step.length.device
     padding = torch.zeros(input_ids.shape[0], dtype=torch.int64, device=device)
     position_ids = None
@@ -195,7 +191,7 @@ def _prefill(
     step.start.copy_(padding)
     step.position_offset.copy_(padding)
     with torch.no_grad():
-        logits = model(
+        logits: Tensor = model(
             input_ids=input_ids.to(device),
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -203,8 +199,8 @@ def _prefill(
             use_cache=True,
             return_dict=True,
             logits_to_keep=1,
-        ).logits[:, -1]
-    step.tokens.copy_(sampling.choose(logits, generator)[:, None])
+        ).logits
+    return logits[:, -1]
 
 
 def _read_ahead(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -70,7 +70,7 @@ def long_text(subject: Subject) -> Result:
         after = _written_and_memory(model, inputs)
     is_stable = before == after
     evidence = f"{result.evidence}; the cache {'stayed in place' if is_stable else 'moved, grew or told another text'}"
-    return Result(result.name, result.passed and is_stable, evidence, text=result.text, figures=result.figures)
+    return replace(result, passed=result.passed and is_stable, evidence=evidence)
 
 
 def cache_memory(subject: Subject) -> Result:
@@ -109,14 +109,7 @@ def run_scenario(scenario: Callable[[Subject], Result], subject: Subject) -> Res
     figures = dict(result.figures)
     if subject.device.type == "cuda":
         figures["peak_bytes"] = float(torch.cuda.max_memory_allocated(subject.device))
-    return Result(
-        result.name,
-        result.passed,
-        result.evidence,
-        text=result.text,
-        figures=figures,
-        seconds=time.perf_counter() - start,
-    )
+    return replace(result, figures=figures, seconds=time.perf_counter() - start)
 
 
 def failed(name: str, error: Exception) -> Result:

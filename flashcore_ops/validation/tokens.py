@@ -21,7 +21,7 @@ from transformers import GenerationConfig
 
 from flashcore_ops import make_static_cache, replace_llama_attention_with_flashcore, restore_attention
 from flashcore_ops.decode_step import make_decode_step
-from flashcore_ops.generation import stream_tokens
+from flashcore_ops.generation import prefill, stream_tokens
 from flashcore_ops.kept_steps import capacity_for
 from flashcore_ops.validation.float32 import in_float32
 from flashcore_ops.validation.subject import Subject
@@ -201,14 +201,8 @@ def _teach(model: Any, inputs: dict[str, Tensor], tokens: Tensor) -> tuple[Tenso
     batch_size, prompt_len = inputs["input_ids"].shape
     cache = make_static_cache(model, batch_size, capacity_for(prompt_len + tokens.shape[1]))
     step = make_decode_step(model, cache)
-    mask = inputs["attention_mask"]
-    padding = prompt_len - mask.sum(dim=-1)
-    positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)
-    with torch.no_grad():
-        prefill = model(**inputs, position_ids=positions, past_key_values=cache, logits_to_keep=1)
-    step.start.copy_(padding)
-    step.position_offset.copy_(padding)
-    logits, chooses_its_best = [prefill.logits[:, -1].float()], True
+    logits = [prefill(model, step, inputs["input_ids"], inputs["attention_mask"]).float()]
+    chooses_its_best = True
     for index in range(tokens.shape[1] - 1):
         step.tokens.copy_(tokens[:, index : index + 1])
         step.run()
