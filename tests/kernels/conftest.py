@@ -17,6 +17,8 @@ from tests.problems import DTYPES
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # tests/test_attention.py takes a GPU through every dtype; here its time goes to tile edges.
 KERNEL_DTYPES = DTYPES if IS_INTERPRETED else [torch.bfloat16]
+# On a GPU the ops' own tests take the same kernels through these.
+LEFT_TO_THE_OPS = {"test_options", "test_head_dims", "test_norm"}
 LAUNCHING = [
     "test_argmax.py",
     "test_decode.py",
@@ -40,6 +42,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.parent == Path(__file__).parent and item.path.name in LAUNCHING and not IS_INTERPRETED:
             item.add_marker(pytest.mark.gpu)
+            if getattr(item, "originalname", "") in LEFT_TO_THE_OPS:
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture
