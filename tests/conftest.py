@@ -22,7 +22,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    _mark_the_other_half_precision_slow(items)
+    _mark_the_other_dtypes_slow(items)
     if torch.cuda.is_available():
         return
     for item in items:
@@ -30,8 +30,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="torch sees no GPU"))
 
 
-def _mark_the_other_half_precision_slow(items: list[pytest.Item]) -> None:
-    """A GPU test with bfloat16 cases leaves its float16 cases to slow runs: both are one code, compiled twice."""
+def _mark_the_other_dtypes_slow(items: list[pytest.Item]) -> None:
+    """Of a GPU test's dtypes one of 16 bits runs by default: all are one code, compiled once more for each.
+
+    float32 runs in the tests that name no dtype.
+    """
     cases: dict[str, list[tuple[pytest.Item, torch.dtype]]] = defaultdict(list)
     for item in items:
         callspec = getattr(item, "callspec", None)
@@ -39,10 +42,11 @@ def _mark_the_other_half_precision_slow(items: list[pytest.Item]) -> None:
             dtypes = [value for value in callspec.params.values() if isinstance(value, torch.dtype)]
             cases[item.nodeid.partition("[")[0]] += [(item, dtype) for dtype in dtypes]
     for of_one_test in cases.values():
-        if any(dtype == torch.bfloat16 for _, dtype in of_one_test):
-            for item, dtype in of_one_test:
-                if dtype == torch.float16:
-                    item.add_marker(pytest.mark.slow)
+        dtypes = {dtype for _, dtype in of_one_test}
+        kept = next((dtype for dtype in (torch.bfloat16, torch.float16) if dtype in dtypes), torch.float32)
+        for item, dtype in of_one_test:
+            if dtype != kept:
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

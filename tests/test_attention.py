@@ -21,7 +21,7 @@ def check(problem: Problem, num_splits: int = 0) -> None:
 
 HEAD_DIMS = [16, 24, 64, 80, 96, 112, 128, 160, 192, 256]
 # The 16-bit types share their tiles: every head dim in one of them, a few in the other.
-HEAD_DIMS_OF = {torch.float16: HEAD_DIMS, torch.bfloat16: [24, 64, 128], torch.float32: [16, 24, 64, 96, 128, 160, 256]}
+HEAD_DIMS_OF = {torch.bfloat16: HEAD_DIMS, torch.float16: [24, 64, 128], torch.float32: [16, 24, 64, 96, 128, 160, 256]}
 
 
 @pytest.mark.parametrize("query_len", [1, 16, 130])
