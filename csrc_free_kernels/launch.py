@@ -15,6 +15,7 @@ from triton.runtime.jit import JITFunction
 
 # Triton assumes of a pointer that it is a multiple of this many bytes, or nothing.
 _ALIGNMENT = 16
+_PLAIN = frozenset({int, float, bool, tuple, type(None)})
 # Lengths that differ from call to call would otherwise pile up.
 _MAX_LAUNCHES = 4096
 
@@ -42,12 +43,7 @@ class Launcher:
         device = driver.active.get_current_device()
         key = (
             (device, *constants.values()),
-            *[
-                (argument.dtype, argument.data_ptr() % _ALIGNMENT == 0)
-                if isinstance(argument, torch.Tensor)
-                else argument
-                for argument in arguments
-            ],
+            *[argument if type(argument) in _PLAIN else _key_of(argument) for argument in arguments],
         )
         compiled = self._launched.get(key)
         if compiled is None:
@@ -67,6 +63,14 @@ class Launcher:
             *arguments,
             *placeholders,
         )
+
+
+def _key_of(argument: Any) -> Any:
+    """Of a tensor, or of a descriptor of its tiles, what Triton specialises on."""
+    if isinstance(argument, torch.Tensor):
+        return argument.dtype, argument.data_ptr() % _ALIGNMENT == 0
+    # Its layout in shared memory follows from these.
+    return argument.base.dtype, *argument.block_shape
 
 
 def _kind_of(part: Any) -> Any:

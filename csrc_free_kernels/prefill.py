@@ -6,7 +6,7 @@ import triton.language as tl
 
 from csrc_free_kernels import masks, softmax
 from csrc_free_kernels.launch import Launcher
-from csrc_free_kernels.tuning import Tiles, ceil_div, next_power_of_2
+from csrc_free_kernels.tuning import HopperTiles, Tiles, ceil_div, next_power_of_2, padded_head_dim
 
 
 @Launcher
@@ -113,6 +113,22 @@ def _prefill_kernel(
         tl.store(p_lse + (i_b * Hq + i_h) * Q + o_row, b_lse, mask=m_row)
 
 
+def is_served_by_hopper(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, softcap: float
+) -> bool:
+    """Whether Hopper's kernel computes this, whose copy engine wants 16-byte strides."""
+    if query.dtype.itemsize != 2 or softcap != 0 or softmax.score_scale(scale, softcap).query_sign != 1:
+        return False
+    if padded_head_dim(query.shape[3]) != padded_head_dim(value.shape[3]):
+        return False
+    return all(
+        tensor.numel() > 0
+        and tensor.data_ptr() % 16 == 0
+        and all(stride > 0 and stride % 8 == 0 for stride in tensor.stride()[:3])
+        for tensor in (query, key, value)
+    )
+
+
 def prefill_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -126,9 +142,26 @@ def prefill_attention(
     is_causal: bool,
     window: int,
     softcap: float,
-    tiles: Tiles,
+    tiles: Tiles | HopperTiles,
 ) -> None:
-    """Writes attention into output `[B, Hq, Q, Dv]` and, if given, lse (contiguous `[B, Hq, Q]`); B, Q > 0."""
+    """Writes attention into output `[B, Hq, Q, Dv]` and, if given, lse (contiguous `[B, Hq, Q]`); B, Q > 0.
+
+    Hopper's tiles serve what `is_served_by_hopper` accepts.
+    """
+    if isinstance(tiles, HopperTiles):
+        # Imported here alone: it needs a Triton that has Gluon.
+        from csrc_free_kernels import prefill_hopper
+
+        prefill_hopper.prefill_attention(
+            *(query, key, value, output, lse),
+            kv_range=kv_range,
+            sinks=sinks,
+            scale=scale,
+            is_causal=is_causal,
+            window=window,
+            tiles=tiles,
+        )
+        return
     batch, num_query_heads, query_len, head_dim = query.shape
     value_dim = value.shape[3]
     scores = softmax.score_scale(scale, softcap)

@@ -19,6 +19,18 @@ class Tiles:
 
 
 @dataclass(frozen=True)
+class HopperTiles:
+    """How Hopper's prefill is cut: rows and slots a tile, tiles of queries, and of keys and values, that shared memory
+    holds at a time, and programs that fill the GPU."""
+
+    block_m: int
+    block_n: int
+    num_query_slots: int
+    num_slots: int
+    num_programs: int = 0
+
+
+@dataclass(frozen=True)
 class LinearTiles:
     """How a linear kernel is cut: rows of the input, rows of weights and depth a tile, warps, loads in flight.
 
@@ -50,6 +62,12 @@ _PREFILL: dict[str, Table] = {
     "hopper": {(64, 2): Tiles(128, 64, 8, 3), (128, 2): Tiles(128, 64, 8, 3), (256, 2): Tiles(128, 32, 8, 3)},
     "ampere": {(64, 2): Tiles(128, 128, 8, 2), (128, 2): Tiles(128, 64, 8, 3), (256, 2): Tiles(64, 64, 8, 2)},
     "small": {(64, 2): Tiles(128, 64, 8, 2), (128, 2): Tiles(64, 32, 4, 2), (256, 2): Tiles(64, 32, 8, 1)},
+}
+# By the padded head dim. The scores and the output of 64 rows fill a group's registers, the tiles shared memory.
+_HOPPER_PREFILL = {
+    64: HopperTiles(128, 128, num_query_slots=2, num_slots=4),
+    128: HopperTiles(128, 128, num_query_slots=2, num_slots=2),
+    256: HopperTiles(128, 64, num_query_slots=1, num_slots=2),
 }
 _FLOAT32_DECODE: Table = {
     (64, 4): Tiles(16, 32, 4, 2),
@@ -126,6 +144,16 @@ def prefill_tiles(arch: str, dtype: torch.dtype, head_dim: int) -> Tiles:
     """
     table = _PREFILL[_GENERATION.get(arch, "small")] | _FLOAT32_PREFILL
     return table[_table_key(dtype, head_dim)]
+
+
+def hopper_prefill_tiles(head_dim: int, num_multiprocessors: int) -> HopperTiles:
+    """Tiles of Hopper's prefill kernel; head_dim is the larger of D and Dv.
+
+    Example:
+        >>> hopper_prefill_tiles(96, num_multiprocessors=132)
+        HopperTiles(block_m=128, block_n=128, num_query_slots=2, num_slots=2, num_programs=132)
+    """
+    return replace(_HOPPER_PREFILL[padded_head_dim(head_dim)], num_programs=num_multiprocessors)
 
 
 @functools.cache
@@ -240,7 +268,17 @@ def _facts_of(index: int) -> tuple[str, int]:
 
 
 def _table_key(dtype: torch.dtype, head_dim: int) -> tuple[int, int]:
-    return max(64, next_power_of_2(head_dim)), dtype.itemsize
+    return padded_head_dim(head_dim), dtype.itemsize
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """The size that tiles of such heads are chosen for.
+
+    Example:
+        >>> [padded_head_dim(head_dim) for head_dim in (16, 64, 80, 256)]
+        [64, 64, 128, 256]
+    """
+    return max(64, next_power_of_2(head_dim))
 
 
 def next_power_of_2(n: int) -> int:

@@ -9,6 +9,7 @@ from csrc_free_kernels import argmax as argmax_kernels
 from csrc_free_kernels import decode, kv_append, prefill, rope_decode, tuning
 from csrc_free_kernels import linear as linear_kernels
 from csrc_free_kernels import step_input as step_input_kernels
+from csrc_free_kernels.tuning import HopperTiles, Tiles
 
 
 def attention(
@@ -31,7 +32,6 @@ def attention(
         return
     num_kv_heads, kv_len = key.shape[1], key.shape[2]
     arch = tuning.architecture(query.device)
-    widest = max(head_dim, value.shape[3])
     # A window of all slots hides none; a larger one could overflow the kernels' int32.
     window = min(window, max(kv_len, 1))
     sinks = None if sinks is None else sinks.contiguous()
@@ -50,11 +50,11 @@ def attention(
                 is_causal=is_causal,
                 window=window,
                 softcap=softcap,
-                tiles=tuning.prefill_tiles(arch, query.dtype, widest),
+                tiles=_prefill_tiles(query, key, value, scale, softcap),
             )
             return
         num_rows = num_query_heads // num_kv_heads * query_len
-        tiles = tuning.decode_tiles(arch, query.dtype, widest, num_rows)
+        tiles = tuning.decode_tiles(arch, query.dtype, max(head_dim, value.shape[3]), num_rows)
         num_programs = batch * num_kv_heads * tuning.ceil_div(num_rows, tiles.block_m)
         decode.decode_attention(
             query,
@@ -72,6 +72,13 @@ def attention(
             tiles=tiles,
             is_dependent=tuning.supports_dependent_launch(arch),
         )
+
+
+def _prefill_tiles(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float) -> Tiles | HopperTiles:
+    arch, head_dim = tuning.architecture(query.device), max(query.shape[3], value.shape[3])
+    if arch == "sm_90" and prefill.is_served_by_hopper(query, key, value, scale, softcap):
+        return tuning.hopper_prefill_tiles(head_dim, tuning.num_multiprocessors(query.device))
+    return tuning.prefill_tiles(arch, query.dtype, head_dim)
 
 
 def append_kv_(key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tensor, positions: Tensor) -> None:

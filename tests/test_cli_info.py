@@ -93,6 +93,7 @@ GPUs
 
 Kernels
   cuda:0  prefill  Triton tiled      over 16 query tokens; sm_90: 128x64 tiles, 8 warps, 3 stages
+  cuda:0  prefill  Gluon for Hopper  the same in 16 bits, without softcap; sm_90: specialised warps
   cuda:0  decode   Triton split-KV   up to 16 query tokens; sm_90: 16x32 tiles, 4 warps, 4 stages
   cuda:0  append   Triton append     new tokens into a static cache
   cpu     all      CPU (torch SDPA)  for tensors on the CPU; softcap, sinks, lse: dense float32
@@ -135,6 +136,7 @@ def test_a_torch_with_gpu_support_that_sees_none() -> None:
 def test_kernels_are_listed_once_an_architecture_with_its_tiles() -> None:
     kernels = choose_kernels(VERSIONS, (H100, A100, H100))
     assert [(row.tensors_on, row.operation) for row in kernels] == [
+        ("cuda:0,2", "prefill"),
         ("cuda:0,2", "prefill"),
         ("cuda:0,2", "decode"),
         ("cuda:0,2", "append"),

@@ -158,8 +158,13 @@ def gpu_kernels(name: str, architecture: str, *, has_triton: bool) -> list[Kerne
     prefill = describe_tiles(tuning.prefill_tiles(*shape))
     decode = describe_tiles(tuning.decode_tiles(*shape, num_rows=1))
     tokens = tuning.MAX_DECODE_TOKENS
+    of_hopper = []
+    if architecture == "sm_90":
+        reason = f"the same in 16 bits, without softcap; {architecture}: specialised warps"
+        of_hopper = [Kernel(name, "prefill", "Gluon for Hopper", reason)]
     return [
         Kernel(name, "prefill", "Triton tiled", f"over {tokens} query tokens; {architecture}: {prefill}"),
+        *of_hopper,
         Kernel(name, "decode", "Triton split-KV", f"up to {tokens} query tokens; {architecture}: {decode}"),
         Kernel(name, "append", "Triton append", "new tokens into a static cache"),
     ]

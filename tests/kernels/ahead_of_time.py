@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
+import torch
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -26,6 +27,8 @@ TARGETS = {
 }
 # Bytes one block may use: CUDA programming guide, table of technical specifications; MI300 ISA, local data share.
 SHARED_MEMORY_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+# Bytes of stack a float32 kernel may use: its products run on registers alone.
+FLOAT32_STACK_LIMIT = 64
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,19 @@ def compiled_for(arch: str) -> Iterator[list[CompiledKernel]]:
         mock.patch.object(Launcher, "__call__", always_bind),
     ):
         yield compiled
+
+
+def check_limits(arch: str, dtype: torch.dtype, compiled: list[CompiledKernel]) -> None:
+    """Shared memory, spills and stack within limits, and no TF32."""
+    assert compiled
+    for kernel in compiled:
+        assert kernel.shared_bytes <= SHARED_MEMORY_LIMIT[arch], f"{arch} {kernel.name}: shared memory"
+        assert kernel.spilled_registers == 0, f"{arch} {kernel.name}: spills"
+        if dtype == torch.float32:
+            assert "tf32" not in kernel.assembly, f"{arch} {kernel.name}: TF32"
+        if arch.startswith("sm_"):
+            limit = FLOAT32_STACK_LIMIT if dtype == torch.float32 else 0
+            assert kernel.stack_bytes <= limit, f"{arch} {kernel.name}: {kernel.stack_bytes} bytes of stack"
 
 
 def _describe(kernel: Any) -> CompiledKernel:

@@ -11,11 +11,9 @@ import torch
 pytest.importorskip("triton")
 
 from csrc_free_kernels import argmax, decode, kv_append, linear, prefill, rope_decode, step_input, tuning
-from tests.kernels.ahead_of_time import SHARED_MEMORY_LIMIT, TARGETS, CompiledKernel, compiled_for
+from tests.kernels.ahead_of_time import TARGETS, CompiledKernel, check_limits, compiled_for
 
 HALF, FLOAT = torch.float16, torch.float32
-# Bytes of stack a float32 kernel may use: its products run on registers alone.
-FLOAT32_STACK_LIMIT = 64
 
 
 def compile_attention(
@@ -72,18 +70,6 @@ def compile_rope(
                 is_dependent=tuning.supports_dependent_launch(arch),
             )
     return compiled
-
-
-def check_limits(arch: str, dtype: torch.dtype, compiled: list[CompiledKernel]) -> None:
-    assert compiled
-    for kernel in compiled:
-        assert kernel.shared_bytes <= SHARED_MEMORY_LIMIT[arch], f"{arch} {kernel.name}: shared memory"
-        assert kernel.spilled_registers == 0, f"{arch} {kernel.name}: spills"
-        if dtype == FLOAT:
-            assert "tf32" not in kernel.assembly, f"{arch} {kernel.name}: TF32"
-        if arch.startswith("sm_"):
-            limit = FLOAT32_STACK_LIMIT if dtype == FLOAT else 0
-            assert kernel.stack_bytes <= limit, f"{arch} {kernel.name}: {kernel.stack_bytes} bytes of stack"
 
 
 @pytest.mark.parametrize("arch", TARGETS)
@@ -186,13 +172,6 @@ def test_the_ends_of_a_step(arch):
     assert kernel.stack_bytes <= 32
     assert kernel.spilled_registers == 0
     assert not re.search(r"(cos|sin)\.approx", kernel.assembly)
-
-
-@pytest.mark.parametrize("dtype", [HALF, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_hopper_prefill_uses_wgmma(dtype, head_dim):
-    (kernel,) = compile_attention("sm_90", dtype, head_dim, query_len=200)
-    assert "wgmma.mma_async" in kernel.assembly
 
 
 MEMORY_ACCESS = re.compile(r"\b(?:ld(?:\.volatile)?\.global\S*|cp\.async\.c\S*|st\.global\S*|atom\S*|red\.\S*)")

@@ -13,6 +13,7 @@ import triton.language as tl
 from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from csrc_free_kernels import launch
 from csrc_free_kernels.launch import Launcher
@@ -89,6 +90,22 @@ def test_triton_sees_what_it_may_specialise_on(change: str, recorder: Recorder) 
     assert len(recorder.bound) == 3
     kernel((1,), *arguments, N=7, BLOCK=8)
     assert len(recorder.bound) == 3
+
+
+def test_descriptors_share_a_compiled_kernel_if_their_tiles_are_alike(recorder: Recorder) -> None:
+    def described(dtype: torch.dtype, rows: int) -> TensorDescriptor:
+        return TensorDescriptor.from_tensor(torch.zeros(64, 16, dtype=dtype), [rows, 16])
+
+    kernel, x = Launcher(_copy_kernel), torch.zeros(64)
+    for dtype, rows, num_bound in (
+        (torch.float16, 8, 1),
+        (torch.float16, 8, 1),
+        (torch.float16, 16, 2),
+        (torch.float32, 8, 3),
+        (torch.float16, 8, 3),
+    ):
+        kernel((1,), described(dtype, rows), x, None, 1, N=7, BLOCK=8)
+        assert len(recorder.bound) == num_bound
 
 
 @pytest.mark.parametrize("hook_name", ["launch_enter_hook", "launch_exit_hook"])
