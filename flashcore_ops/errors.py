@@ -69,3 +69,13 @@ class ValidationFailedError(DeploymentError):
     """The validation ran on the host and did not pass."""
 
     exit_status = 1
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, without the stop or colon at its end.
+
+    Example:
+        >>> first_line(ValueError("a shape:\\nand more"))
+        'a shape'
+    """
+    return (str(error).strip().splitlines() or [""])[0].rstrip(".: ")

@@ -138,3 +138,16 @@ def cache_room(memory: int, weights: int, reserve: int = RESERVE_BYTES) -> int:
 def _check_count(name: str, number: int) -> None:
     if number < 1:
         raise OptionError.explain(name, expected="1 or more", got=str(number), fix="Count rows and tokens from 1.")
+
+
+def format_bytes(num_bytes: int) -> str:
+    """Bytes in decimal units, as the field writes them.
+
+    Example:
+        >>> [format_bytes(number) for number in (65_536, 2_147_483_648, 1_234_567_890_123)]
+        ['65.5 kB', '2.1 GB', '1,234.6 GB']
+    """
+    for unit, factor in (("GB", 10**9), ("MB", 10**6)):
+        if num_bytes >= factor:
+            return f"{num_bytes / factor:,.1f} {unit}"
+    return f"{num_bytes / 1000:,.1f} kB"

@@ -18,12 +18,12 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from flashcore_ops.cli import app
-from flashcore_ops.commands.byte_sizes import GPU_GB, format_bytes, parse_bytes, resolve_gpu_memory
+from flashcore_ops.commands.byte_sizes import GPU_GB, parse_bytes, resolve_gpu_memory
 from flashcore_ops.commands.memory import LENGTHS, MemoryRequest, make_report
 from flashcore_ops.commands.memory_tables import render_memory
 from flashcore_ops.errors import OptionError
 from flashcore_ops.kept_steps import capacity_for
-from flashcore_ops.kv_memory import RESERVE_BYTES
+from flashcore_ops.kv_memory import RESERVE_BYTES, format_bytes
 from flashcore_ops.model_shapes import SHAPES, shape_config
 from tests.snapshots import assert_expected_inline
 

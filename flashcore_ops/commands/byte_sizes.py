@@ -1,4 +1,4 @@
-"""Amounts of memory: as they are typed, as they are shown, and those of GPUs by name."""
+"""Amounts of memory: as they are typed, and those of GPUs by name."""
 
 from __future__ import annotations
 
@@ -55,19 +55,6 @@ def parse_bytes(text: str, option: str) -> int:
             fix="Write it like 80GB or 1.5GiB.",
         )
     return num_bytes
-
-
-def format_bytes(num_bytes: int) -> str:
-    """Bytes in decimal units, as the field writes them.
-
-    Example:
-        >>> [format_bytes(number) for number in (65_536, 2_147_483_648, 1_234_567_890_123)]
-        ['65.5 kB', '2.1 GB', '1,234.6 GB']
-    """
-    for unit, factor in (("GB", 10**9), ("MB", 10**6)):
-        if num_bytes >= factor:
-            return f"{num_bytes / factor:,.1f} {unit}"
-    return f"{num_bytes / 1000:,.1f} kB"
 
 
 def resolve_gpu_memory(text: str | None) -> GpuMemory:

@@ -29,12 +29,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from flashcore_ops.errors import DeviceError, DtypeError, OptionError
+from flashcore_ops.errors import DeviceError, DtypeError, OptionError, first_line
+from flashcore_ops.hub import is_hub_id
 from flashcore_ops.integrations.families import check_model
 from flashcore_ops.model_shapes import SHAPES, shape_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -105,7 +105,7 @@ def check_model_name(name: str) -> None:
                 got=f"{name}, which has none",
                 fix="Pass a directory that save_pretrained wrote.",
             )
-    elif path.exists() or not HUB_ID.fullmatch(name):
+    elif path.exists() or not is_hub_id(name):
         raise OptionError.explain(
             "MODEL",
             expected="an existing model directory or a hub id such as owner/name",
@@ -230,8 +230,3 @@ def cause_chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, without the stop or colon at its end."""
-    return (str(error).strip().splitlines() or [""])[0].rstrip(".: ")

@@ -10,9 +10,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from flashcore_ops.commands.byte_sizes import format_bytes
 from flashcore_ops.commands.memory import MemoryReport
-from flashcore_ops.kv_memory import KVShape
+from flashcore_ops.kv_memory import KVShape, format_bytes
 
 # Columns of a table: each with its dtype and its heads.
 Columns = dict[str, tuple[torch.dtype, KVShape]]

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from flashcore_ops.deployment.remote import Destination, host_path
 from flashcore_ops.errors import OptionError
+from flashcore_ops.hub import is_hub_id
 
 DEFAULT_DIRECTORY = "~/.cache/flashcore/deploy"
-HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class DeployRequest:
             )
         if self.is_on_host:
             return
-        if Path(self.model).exists() or not HUB_ID.fullmatch(self.model):
+        if Path(self.model).exists() or not is_hub_id(self.model):
             raise OptionError.explain(
                 "MODEL",
                 expected="a hub id, or a directory on the host as /path or ~/path",

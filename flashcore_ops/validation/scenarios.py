@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from flashcore_ops import make_static_cache
+from flashcore_ops.errors import first_line
 from flashcore_ops.generation import generate_tokens
 from flashcore_ops.kept_steps import capacity_for, kept_steps
-from flashcore_ops.kv_memory import KVShape
+from flashcore_ops.kv_memory import KVShape, format_bytes
 from flashcore_ops.validation.subject import Subject, left_padded
 from flashcore_ops.validation.tokens import Comparison, compare, patched
 
@@ -83,7 +84,9 @@ def cache_memory(subject: Subject) -> Result:
     for name, heads, measured in (("GQA", shape, gqa), ("MHA", shape.as_mha(), mha)):
         computed = heads.cache_bytes(CACHE_BATCH, CACHE_LENGTH, subject.dtype)
         passed = passed and abs(measured / computed - 1) <= MEMORY_TOLERANCE
-        evidence.append(f"{name}, {heads.num_kv_heads} heads: {_mb(computed)} computed, {_mb(measured)} measured")
+        evidence.append(
+            f"{name}, {heads.num_kv_heads} heads: {format_bytes(computed)} computed, {format_bytes(measured)} measured"
+        )
     figures = {"gqa_bytes": float(gqa), "mha_bytes": float(mha)}
     return Result("KV-cache memory, GQA and MHA", passed, "; ".join(evidence), figures=figures)
 
@@ -119,8 +122,7 @@ def failed(name: str, error: Exception) -> Result:
         >>> failed("next token", ValueError("a shape\\nand more")).evidence
         'ValueError: a shape'
     """
-    lines = str(error).strip().splitlines() or [""]
-    return Result(name, passed=False, evidence=f"{type(error).__name__}: {lines[0]}")
+    return Result(name, passed=False, evidence=f"{type(error).__name__}: {first_line(error)}")
 
 
 def _text(subject: Subject, name: str, num_tokens: int) -> Result:
@@ -169,7 +171,3 @@ def _measure(device: torch.device, make: Callable[[], Any]) -> int:
     made = make()
     tensors = made if isinstance(made, list) else [t for layer in made.layers for t in (layer.keys, layer.values)]
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
-
-
-def _mb(num_bytes: float) -> str:
-    return f"{num_bytes / 1e6:.1f} MB"
