@@ -10,7 +10,7 @@ from csrc_free_kernels.tuning import HopperTiles, Tiles, ceil_div, next_power_of
 
 
 @Launcher
-@triton.jit(do_not_specialize=["B", "Hq", "G", "Q", "S", "window"])
+@triton.jit(do_not_specialize=["B", "Hq", "G", "Q", "S", "window", "num_sequences"])
 def _prefill_kernel(
     p_query,
     p_key,
@@ -19,6 +19,7 @@ def _prefill_kernel(
     p_lse,
     p_range,
     p_sinks,
+    p_cu_seqlens,
     stride_query,
     stride_key,
     stride_value,
@@ -34,6 +35,7 @@ def _prefill_kernel(
     to_log2,
     to_natural,
     window,
+    num_sequences,
     D: tl.constexpr,
     Dv: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -45,21 +47,32 @@ def _prefill_kernel(
     HAS_SOFTCAP: tl.constexpr,
     QUERY_SIGN: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
+    BLOCK_SEQUENCES: tl.constexpr,
 ):
     MASK_D: tl.constexpr = D != BLOCK_D
     MASK_DV: tl.constexpr = Dv != BLOCK_DV
     # The last rows see most: the longest tiles start first, and heads of one group run side by side.
     i_bh = tl.program_id(0) % (B * Hq)
-    i_m = tl.cdiv(Q, BLOCK_M) - 1 - tl.program_id(0) // (B * Hq)
+    i_tile = tl.program_id(0) // (B * Hq)
     i_b = (i_bh // Hq).to(tl.int64)
     i_h = i_bh % Hq
-    start, end = masks.load_kv_range(p_range, stride_range, i_b, S)
+    if p_cu_seqlens is None:
+        first_row = 0
+        num_rows = Q
+        i_m = tl.cdiv(Q, BLOCK_M) - 1 - i_tile
+        start, end = masks.load_kv_range(p_range, stride_range, i_b, S)
+    else:
+        first_row, num_rows, i_m, start, end = masks.load_sequence_tile(
+            p_cu_seqlens, p_range, stride_range, i_tile, num_sequences, Q, S, BLOCK_M, BLOCK_SEQUENCES
+        )
 
-    o_row = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    # Rows of the batch or sequence, and of the tensors.
+    o_own = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_row = first_row + o_own
     o_first = tl.arange(0, BLOCK_N).to(tl.int64)
     o_d = tl.arange(0, BLOCK_D)
     o_dv = tl.arange(0, BLOCK_DV)
-    m_row = o_row < Q
+    m_row = o_own < num_rows
     m_d = o_d < D
     m_dv = o_dv < Dv
     i_q_head = i_h.to(tl.int64)
@@ -77,7 +90,7 @@ def _prefill_kernel(
     b_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
 
-    first_column = end - Q + i_m * BLOCK_M
+    first_column = end - num_rows + i_m * BLOCK_M
     last_column = tl.minimum(first_column + BLOCK_M, end) - 1
     o_column = first_column + tl.arange(0, BLOCK_M)
     low, high = masks.visible_bounds(start, end, first_column, last_column, window, IS_CAUSAL, HAS_WINDOW)
@@ -142,11 +155,12 @@ def prefill_attention(
     is_causal: bool,
     window: int,
     softcap: float,
+    cu_seqlens: torch.Tensor | None,
     tiles: Tiles | HopperTiles,
 ) -> None:
     """Writes attention into output `[B, Hq, Q, Dv]` and, if given, lse (contiguous `[B, Hq, Q]`); B, Q > 0.
 
-    Hopper's tiles serve what `is_served_by_hopper` accepts.
+    cu_seqlens is contiguous; with it B is 1. Hopper's tiles serve what `is_served_by_hopper` accepts, and no sequences.
     """
     if isinstance(tiles, HopperTiles):
         # Imported here alone: it needs a Triton that has Gluon.
@@ -165,7 +179,10 @@ def prefill_attention(
     batch, num_query_heads, query_len, head_dim = query.shape
     value_dim = value.shape[3]
     scores = softmax.score_scale(scale, softcap)
-    grid = (ceil_div(query_len, tiles.block_m) * batch * num_query_heads,)
+    num_sequences = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    # Each sequence, and what is behind the last, may end in a tile of its own.
+    num_tiles = ceil_div(query_len, tiles.block_m) + (0 if cu_seqlens is None else num_sequences + 1)
+    grid = (num_tiles * batch * num_query_heads,)
     _prefill_kernel(
         grid,
         query,
@@ -175,6 +192,7 @@ def prefill_attention(
         lse,
         kv_range,
         sinks,
+        cu_seqlens,
         query.stride()[:3],
         key.stride()[:3],
         value.stride()[:3],
@@ -190,6 +208,7 @@ def prefill_attention(
         scores.to_log2,
         scores.to_natural,
         window,
+        num_sequences,
         D=head_dim,
         Dv=value_dim,
         BLOCK_D=next_power_of_2(head_dim),
@@ -201,6 +220,7 @@ def prefill_attention(
         HAS_SOFTCAP=softcap > 0,
         QUERY_SIGN=scores.query_sign,
         DOT_DTYPE=softmax.dot_dtype(query.dtype),
+        BLOCK_SEQUENCES=next_power_of_2(num_sequences + 1),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )

@@ -47,13 +47,17 @@ def check_attention(
     softcap: float,
     sinks: Tensor | None,
     num_splits: int,
+    cu_seqlens_q: Tensor | None,
 ) -> None:
     """Raises a typed error unless the attention ops can serve these arguments."""
     check_no_gradients(query, key, value, sinks)
     check_tensors(query, key, value, names=("query", "key", "value"))
     _check_pairs(key, value, names=("key", "value"))
     check_query(query, key)
-    check_range_and_sinks(query, kv_range, sinks)
+    if cu_seqlens_q is not None:
+        check_sequences(query, key, kv_range, cu_seqlens_q)
+    num_ranges = query.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+    check_range_and_sinks(query, kv_range, sinks, num_ranges)
     check_options(scale, is_causal, window, softcap, num_splits)
 
 
@@ -85,12 +89,38 @@ def check_query(query: Tensor, key: Tensor) -> None:
         )
 
 
-def check_range_and_sinks(query: Tensor, kv_range: Tensor | None, sinks: Tensor | None) -> None:
-    """Raises a typed error unless kv_range is int32 `[B, 2]` and sinks `[Hq]`, beside query."""
-    if kv_range is not None:
-        check_small(
-            kv_range, "kv_range", shape=(query.shape[0], 2), dtypes=(torch.int32,), device=query.device, like="query"
+def check_sequences(query: Tensor, key: Tensor, kv_range: Tensor | None, cu_seqlens_q: Tensor) -> None:
+    """Raises a typed error unless cu_seqlens_q is int32 `[N + 1]` and divides the rows of a batch of one."""
+    if cu_seqlens_q.dim() != 1 or cu_seqlens_q.shape[0] == 0:
+        raise ShapeError.explain(
+            "cu_seqlens_q",
+            expected="shape [N + 1] for N sequences",
+            got=f"{list(cu_seqlens_q.shape)}",
+            fix="Pass each sequence's first row, and the end of the last.",
         )
+    shape = (cu_seqlens_q.shape[0],)
+    check_small(cu_seqlens_q, "cu_seqlens_q", shape=shape, dtypes=(torch.int32,), device=query.device, like="query")
+    if query.shape[0] != 1:
+        raise ShapeError.explain(
+            "query",
+            expected="a batch of 1 beside cu_seqlens_q",
+            got=f"{query.shape[0]}",
+            fix="Pack the sequences one behind the other, as [1, Hq, T, D].",
+        )
+    if kv_range is None and key.shape[2] != query.shape[2]:
+        raise ShapeError.explain(
+            "key",
+            expected=f"query's {query.shape[2]} tokens beside cu_seqlens_q without kv_range",
+            got=f"{key.shape[2]}",
+            fix="Pass kv_range, the slots (start, end) of each sequence.",
+        )
+
+
+def check_range_and_sinks(query: Tensor, kv_range: Tensor | None, sinks: Tensor | None, num_ranges: int) -> None:
+    """Raises a typed error unless kv_range is int32 `[num_ranges, 2]` and sinks `[Hq]`, beside query."""
+    if kv_range is not None:
+        shape = (num_ranges, 2)
+        check_small(kv_range, "kv_range", shape=shape, dtypes=(torch.int32,), device=query.device, like="query")
     if sinks is not None:
         dtypes = (query.dtype, torch.float32)
         check_small(sinks, "sinks", shape=(query.shape[1],), dtypes=dtypes, device=query.device, like="query")

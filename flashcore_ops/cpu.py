@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ def attention(
     softcap: float,
     sinks: Tensor | None,
     num_splits: int,
+    cu_seqlens_q: Tensor | None,
     output: Tensor,
     lse: Tensor | None,
 ) -> None:
@@ -29,6 +31,15 @@ def attention(
 
     num_splits has no meaning on the CPU.
     """
+    if cu_seqlens_q is not None:
+        for rows, own_range in _sequences(cu_seqlens_q, query.shape[2], kv_range):
+            attention(
+                *(query[:, :, rows], key, value, own_range, scale, is_causal, window, softcap, sinks, num_splits),
+                cu_seqlens_q=None,
+                output=output[:, :, rows],
+                lse=None if lse is None else lse[:, :, rows],
+            )
+        return
     output.zero_()
     if lse is not None:
         lse.copy_(sinks[:, None].expand_as(lse) if sinks is not None else torch.tensor(-torch.inf))
@@ -96,10 +107,20 @@ def rope_append_attention(
         softcap=softcap,
         sinks=sinks,
         num_splits=num_splits,
+        cu_seqlens_q=None,
         output=output,
         lse=None,
     )
     output[(end < 1) | (end > key_cache.shape[2])] = torch.nan
+
+
+def _sequences(cu_seqlens_q: Tensor, num_rows: int, kv_range: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+    """Yields (rows, their range `[1, 2]`) of each sequence, and of the rows behind the last, which see nothing."""
+    bounds = [0, *cu_seqlens_q[1:].clamp(0, num_rows).tolist()]
+    for n, (first, last) in enumerate(pairwise(bounds)):
+        own_range = torch.tensor([[first, last]], dtype=torch.int32) if kv_range is None else kv_range[n : n + 1]
+        yield slice(first, last), own_range
+    yield slice(bounds[-1], num_rows), torch.zeros(1, 2, dtype=torch.int32)
 
 
 def _visible_blocks(

@@ -23,6 +23,7 @@ def attention(
     softcap: float,
     sinks: Tensor | None,
     num_splits: int,
+    cu_seqlens_q: Tensor | None,
     output: Tensor,
     lse: Tensor | None,
 ) -> None:
@@ -37,7 +38,7 @@ def attention(
     sinks = None if sinks is None else sinks.contiguous()
     # Triton launches on the current device.
     with torch.cuda.device(query.device):
-        if query_len > tuning.MAX_DECODE_TOKENS:
+        if query_len > tuning.MAX_DECODE_TOKENS or cu_seqlens_q is not None:
             prefill.prefill_attention(
                 query,
                 key,
@@ -50,7 +51,8 @@ def attention(
                 is_causal=is_causal,
                 window=window,
                 softcap=softcap,
-                tiles=_prefill_tiles(query, key, value, scale, softcap),
+                cu_seqlens=None if cu_seqlens_q is None else cu_seqlens_q.contiguous(),
+                tiles=_prefill_tiles(query, key, value, scale, softcap, cu_seqlens_q),
             )
             return
         num_rows = num_query_heads // num_kv_heads * query_len
@@ -74,9 +76,11 @@ def attention(
         )
 
 
-def _prefill_tiles(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float) -> Tiles | HopperTiles:
+def _prefill_tiles(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float, cu_seqlens_q: Tensor | None
+) -> Tiles | HopperTiles:
     arch, head_dim = tuning.architecture(query.device), max(query.shape[3], value.shape[3])
-    if arch == "sm_90" and prefill.is_served_by_hopper(query, key, value, scale, softcap):
+    if arch == "sm_90" and cu_seqlens_q is None and prefill.is_served_by_hopper(query, key, value, scale, softcap):
         return tuning.hopper_prefill_tiles(head_dim, tuning.num_multiprocessors(query.device))
     return tuning.prefill_tiles(arch, query.dtype, head_dim)
 

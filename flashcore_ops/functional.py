@@ -21,6 +21,7 @@ def attention(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     num_splits: int = 0,
+    cu_seqlens_q: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention over the visible part of a KV cache, for inference.
 
@@ -49,6 +50,10 @@ def attention(
             neither scaled nor capped.
         num_splits: how many programs may share one KV range at decode; 0 chooses. Fixing it fixes the order of
             summation. The CPU and prefill ignore it.
+        cu_seqlens_q: int32 `[N + 1]` on query's device, for N sequences packed into a batch of one: the rows of
+            sequence n are `cu_seqlens_q[n] <= i < cu_seqlens_q[n + 1]`, and as if they were a batch of their own they
+            see the slots `kv_range[n]`, now `[N, 2]`, or without kv_range the slots of their own numbers. Starts at
+            0, never falls; the host never reads it. Rows behind the last sequence see nothing.
 
     Returns:
         `[B, Hq, Q, Dv]` in query's dtype, stored `[B, Q, Hq, Dv]`. A row that sees nothing is 0.
@@ -68,9 +73,13 @@ def attention(
         >>> kv_range = torch.tensor([[0, 37]], dtype=torch.int32)  # of which 37 are filled
         >>> attention(query, key, value, kv_range).shape
         torch.Size([1, 8, 1, 64])
+        >>> cu_seqlens = torch.tensor([0, 50, 128], dtype=torch.int32)  # two sequences, one behind the other
+        >>> attention(torch.randn(1, 8, 128, 64), key, value, cu_seqlens_q=cu_seqlens).shape
+        torch.Size([1, 8, 128, 64])
     """
     return torch.ops.flashcore.attention(
-        query, key, value, kv_range, scale, is_causal, window, softcap, sinks, num_splits
+        *(query, key, value, kv_range, scale),
+        *(is_causal, window, softcap, sinks, num_splits, cu_seqlens_q),
     )
 
 
@@ -85,6 +94,7 @@ def attention_with_lse(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     num_splits: int = 0,
+    cu_seqlens_q: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`attention`, and the log of its softmax denominator, so that partial results can be merged.
 
@@ -107,7 +117,8 @@ def attention_with_lse(
         True
     """
     return torch.ops.flashcore.attention_with_lse(
-        query, key, value, kv_range, scale, is_causal, window, softcap, sinks, num_splits
+        *(query, key, value, kv_range, scale),
+        *(is_causal, window, softcap, sinks, num_splits, cu_seqlens_q),
     )
 
 

@@ -23,7 +23,7 @@ Kernel = Callable[..., None]
 
 _ATTENTION_ARGUMENTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? kv_range=None, float? scale=None, bool is_causal=True, "
-    "int window=0, float softcap=0.0, Tensor? sinks=None, int num_splits=0"
+    "int window=0, float softcap=0.0, Tensor? sinks=None, int num_splits=0, Tensor? cu_seqlens_q=None"
 )
 
 
@@ -39,11 +39,12 @@ def _attention(kernel: Kernel) -> Callable[..., Tensor]:
         softcap: float = 0.0,
         sinks: Tensor | None = None,
         num_splits: int = 0,
+        cu_seqlens_q: Tensor | None = None,
     ) -> Tensor:
-        check_attention(query, key, value, kv_range, scale, is_causal, window, softcap, sinks, num_splits)
+        options = (is_causal, window, softcap, sinks, num_splits, cu_seqlens_q)
+        check_attention(query, key, value, kv_range, scale, *options)
         output = _allocate_output(query, value)
-        scale = _effective_scale(scale, query)
-        kernel(query, key, value, kv_range, scale, is_causal, window, softcap, sinks, num_splits, output, None)
+        kernel(query, key, value, kv_range, _effective_scale(scale, query), *options, output, None)
         return output
 
     return attention
@@ -61,12 +62,13 @@ def _attention_with_lse(kernel: Kernel) -> Callable[..., tuple[Tensor, Tensor]]:
         softcap: float = 0.0,
         sinks: Tensor | None = None,
         num_splits: int = 0,
+        cu_seqlens_q: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        check_attention(query, key, value, kv_range, scale, is_causal, window, softcap, sinks, num_splits)
+        options = (is_causal, window, softcap, sinks, num_splits, cu_seqlens_q)
+        check_attention(query, key, value, kv_range, scale, *options)
         output = _allocate_output(query, value)
         lse = query.new_empty(query.shape[:3], dtype=torch.float32)
-        scale = _effective_scale(scale, query)
-        kernel(query, key, value, kv_range, scale, is_causal, window, softcap, sinks, num_splits, output, lse)
+        kernel(query, key, value, kv_range, _effective_scale(scale, query), *options, output, lse)
         return output, lse
 
     return attention_with_lse

@@ -7,6 +7,7 @@ dtype they are the plain PyTorch attention that the kernel's error is compared w
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -53,6 +54,39 @@ def visible_slots(
     return visible
 
 
+def visible_slots_of_sequences(
+    cu_seqlens_q: Tensor,
+    query_len: int,
+    kv_len: int,
+    kv_range: Tensor | None = None,
+    is_causal: bool = True,
+    window: int = 0,
+) -> Tensor:
+    """Which KV slots each row of packed sequences may see.
+
+    Args:
+        cu_seqlens_q: integer `[N + 1]`, the first row of each sequence and the end of the last.
+        query_len, kv_len, is_causal, window: see `visible_slots`.
+        kv_range: `[N, 2]`, the slots of each sequence; without it those with the numbers of its rows.
+
+    Returns:
+        bool `[1, Q, S]`.
+
+    Example:
+        >>> visible_slots_of_sequences(torch.tensor([0, 2, 3]), 4, 4).int()[0]
+        tensor([[1, 0, 0, 0],
+                [1, 1, 0, 0],
+                [0, 0, 1, 0],
+                [0, 0, 0, 0]], dtype=torch.int32)
+    """
+    bounds = cu_seqlens_q.clamp(0, query_len).tolist()
+    visible = torch.zeros(1, query_len, kv_len, dtype=torch.bool, device=cu_seqlens_q.device)
+    for n, (first, last) in enumerate(pairwise([0, *bounds[1:]])):
+        own = torch.tensor([[first, last]], device=cu_seqlens_q.device) if kv_range is None else kv_range[n : n + 1]
+        visible[:, first:last] = visible_slots(last - first, kv_len, own, is_causal, window)
+    return visible
+
+
 def attention_with_lse(
     query: Tensor,
     key: Tensor,
@@ -63,6 +97,7 @@ def attention_with_lse(
     window: int = 0,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention and the log of its softmax denominator, with every score held in memory.
 
@@ -73,6 +108,7 @@ def attention_with_lse(
         scale: factor of the scores, `D ** -0.5` if None.
         softcap: with c > 0, scores become `c * tanh(score / c)` before the mask.
         sinks: `[Hq]`, a score of each head that joins the denominator only.
+        cu_seqlens_q: see `visible_slots_of_sequences`; then B is 1.
 
     Returns:
         The output `[B, Hq, Q, Dv]` and the log-sum-exp `[B, Hq, Q]` in float32 (float64 for float64 inputs).
@@ -80,7 +116,10 @@ def attention_with_lse(
     """
     batch, num_query_heads, query_len, head_dim = query.shape
     num_kv_heads, kv_len = key.shape[1], key.shape[2]
-    visible = visible_slots(query_len, kv_len, kv_range, is_causal, window, device=query.device)
+    if cu_seqlens_q is None:
+        visible = visible_slots(query_len, kv_len, kv_range, is_causal, window, device=query.device)
+    else:
+        visible = visible_slots_of_sequences(cu_seqlens_q, query_len, kv_len, kv_range, is_causal, window)
     # Slots that no row sees may hold NaN, and 0 * NaN is NaN.
     unused = ~visible.any(dim=1)[:, None, :, None]
     key, value = key.masked_fill(unused, 0), value.masked_fill(unused, 0)

@@ -49,7 +49,7 @@ def check_rope_append_attention(
             )
     _check_rotation(cos, "cos", query)
     _check_rotation(sin, "sin", query)
-    check_range_and_sinks(query, kv_range, sinks)
+    check_range_and_sinks(query, kv_range, sinks, num_ranges=query.shape[0])
     check_options(scale, is_causal=True, window=window, softcap=softcap, num_splits=num_splits)
     read = {"query": query, "key": key, "value": value, "cos": cos, "sin": sin}
     check_cache_memory(key_cache, value_cache, read)

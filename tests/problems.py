@@ -14,7 +14,7 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
 @dataclass(frozen=True)
 class Problem:
-    """The arguments of `attention`, in its order."""
+    """The arguments of `attention`, in its order but for num_splits."""
 
     query: Tensor
     key: Tensor
@@ -25,12 +25,17 @@ class Problem:
     window: int = 0
     softcap: float = 0.0
     sinks: Tensor | None = None
+    cu_seqlens_q: Tensor | None = None
 
     def arguments(self) -> tuple[object, ...]:
         return (
             *(self.query, self.key, self.value, self.kv_range, self.scale),
             *(self.is_causal, self.window, self.softcap, self.sinks),
         )
+
+    def oracle(self) -> tuple[Tensor, Tensor]:
+        """The reference's output and log-sum-exp, in the tensors' own dtype."""
+        return reference.attention_with_lse(*self.arguments(), cu_seqlens_q=self.cu_seqlens_q)
 
     def in_float64(self) -> Problem:
         return replace(
@@ -55,14 +60,11 @@ class Problem:
         return replace(self, query=view(self.query), key=view(self.key), value=view(self.value))
 
     def visible(self) -> Tensor:
-        return reference.visible_slots(
-            self.query.shape[2],
-            self.key.shape[2],
-            self.kv_range,
-            self.is_causal,
-            self.window,
-            device=self.query.device,
-        )
+        query_len, kv_len = self.query.shape[2], self.key.shape[2]
+        options = (self.kv_range, self.is_causal, self.window)
+        if self.cu_seqlens_q is not None:
+            return reference.visible_slots_of_sequences(self.cu_seqlens_q, query_len, kv_len, *options)
+        return reference.visible_slots(query_len, kv_len, *options, device=self.query.device)
 
     def poisoned(self) -> Problem:
         """The same with NaN in every slot that no row sees."""
@@ -88,6 +90,7 @@ def make_problem(
     is_causal: bool = True,
     window: int = 0,
     softcap: float = 0.0,
+    cu_seqlens_q: list[int] | None = None,
 ) -> Problem:
     """Normal random tensors in a model's layout: stored `[B, T, H, D]`, NaN in every slot that no row sees."""
     value_dim = head_dim if value_dim is None else value_dim
@@ -95,16 +98,20 @@ def make_problem(
     def heads(num_heads: int, tokens: int, dim: int) -> Tensor:
         return torch.randn(batch, tokens, num_heads, dim, dtype=dtype, device=device).transpose(1, 2)
 
+    def integers(numbers: list[tuple[int, int]] | list[int] | None) -> Tensor | None:
+        return None if numbers is None else torch.tensor(numbers, dtype=torch.int32, device=device)
+
     return Problem(
         query=heads(num_query_heads, query_len, head_dim),
         key=heads(num_kv_heads, kv_len, head_dim),
         value=heads(num_kv_heads, kv_len, value_dim),
-        kv_range=None if kv_range is None else torch.tensor(kv_range, dtype=torch.int32, device=device),
+        kv_range=integers(kv_range),
         sinks=torch.randn(num_query_heads, device=device) if has_sinks else None,
         scale=scale,
         is_causal=is_causal,
         window=window,
         softcap=softcap,
+        cu_seqlens_q=integers(cu_seqlens_q),
     ).poisoned()
 
 
@@ -113,8 +120,8 @@ def assert_as_accurate_as_pytorch(output: Tensor, lse: Tensor | None, problem: P
 
     Errors are maximum distances from the float64 reference. NaN never passes.
     """
-    exact, exact_lse = reference.attention_with_lse(*problem.in_float64().arguments())
-    plain = [reference.attention_with_lse(*problem.arguments())]
+    exact, exact_lse = problem.in_float64().oracle()
+    plain = [problem.oracle()]
     blind = ~problem.visible().any(dim=2)[:, None].expand_as(exact_lse)
     assert output.shape == exact.shape
     assert (output[blind] == 0).all(), "a row that sees nothing is exactly 0"
@@ -134,7 +141,7 @@ def assert_as_accurate_as_pytorch(output: Tensor, lse: Tensor | None, problem: P
     if over:
         # A sum rounds by its order, and on a few numbers one order can come out exact by luck: the plain error is
         # then the largest over several orders of the head dim, in which the scores are the same.
-        plain += [reference.attention_with_lse(*problem.with_head_dim_shuffled().arguments()) for _ in range(7)]
+        plain += [problem.with_head_dim_shuffled().oracle() for _ in range(7)]
         over = excess()
     assert not over, over
 

@@ -25,6 +25,7 @@ from flashcore_ops.errors import (
     ShapeError,
 )
 from tests.linear_errors import LINEAR_CASES, linear_arguments
+from tests.sequence_errors import SEQUENCE_CASES, sequence_arguments
 
 Arguments = dict[str, Any]
 
@@ -278,6 +279,7 @@ CASES = [
     pytest.param(op, valid, wrong, error, text, id=f"{op.__name__}-{name}")
     for ops, valid, cases in (
         ((attention, attention_with_lse), attention_arguments, ATTENTION_CASES),
+        ((attention, attention_with_lse), sequence_arguments, SEQUENCE_CASES),
         ((append_kv_,), append_arguments, APPEND_CASES),
         ((linear,), linear_arguments, LINEAR_CASES),
     )

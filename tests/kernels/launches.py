@@ -14,7 +14,12 @@ from tests.problems import Problem, assert_as_accurate_as_pytorch
 
 def check_prefill(problem: Problem, tiles: Tiles) -> None:
     output, lse = poisoned_outputs(problem)
-    prefill.prefill_attention(problem.query, problem.key, problem.value, output, lse, **_options(problem), tiles=tiles)
+    prefill.prefill_attention(
+        *(problem.query, problem.key, problem.value, output, lse),
+        **_options(problem),
+        cu_seqlens=problem.cu_seqlens_q,
+        tiles=tiles,
+    )
     assert_as_accurate_as_pytorch(output, lse, problem)
 
 

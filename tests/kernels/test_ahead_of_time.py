@@ -24,6 +24,7 @@ def compile_attention(
     is_causal: bool = True,
     window: int = 0,
     softcap: float = 0.0,
+    cu_seqlens: torch.Tensor | None = None,
 ) -> list[CompiledKernel]:
     """Compiles what the CUDA path would launch for 8:2 heads."""
     query = torch.empty(1, query_len, 8, head_dim, dtype=dtype).transpose(1, 2)
@@ -38,9 +39,9 @@ def compile_attention(
         "softcap": softcap,
     }
     with compiled_for(arch) as compiled:
-        if query_len > tuning.MAX_DECODE_TOKENS:
+        if query_len > tuning.MAX_DECODE_TOKENS or cu_seqlens is not None:
             tiles = tuning.prefill_tiles(arch, dtype, head_dim)
-            prefill.prefill_attention(query, key, key, output, lse, **options, tiles=tiles)
+            prefill.prefill_attention(query, key, key, output, lse, **options, cu_seqlens=cu_seqlens, tiles=tiles)
         else:
             tiles = tuning.decode_tiles(arch, dtype, head_dim, num_rows=4 * query_len)
             options |= {"tiles": tiles, "is_dependent": tuning.supports_dependent_launch(arch)}
@@ -89,6 +90,13 @@ def compile_rope(
 )
 def test_representative_set(arch, dtype, head_dim, query_len, options):
     check_limits(arch, dtype, compile_attention(arch, dtype, head_dim, query_len, **options))
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+@pytest.mark.parametrize("num_sequences", [1, 1000])
+def test_packed_sequences(arch, num_sequences):
+    cu_seqlens = torch.zeros(num_sequences + 1, dtype=torch.int32)
+    check_limits(arch, HALF, compile_attention(arch, HALF, 128, query_len=200, cu_seqlens=cu_seqlens))
 
 
 @pytest.mark.slow

@@ -68,6 +68,20 @@ def test_head_dims(kernel_device, dtype, head_dim, value_dim):
     check_prefill(problem, TILES)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cu_seqlens_q": [0, 1, 1, 33, 65, 90]},
+        {"cu_seqlens_q": [0, 97], "is_causal": False},
+        {"cu_seqlens_q": [0, 40, 41], "kv_range": [(3, 70), (96, 200)], "window": 33, "has_sinks": True},
+    ],
+    ids=str,
+)
+def test_packed_sequences(kernel_device, dtype, options):
+    problem = make_problem(batch=1, query_len=97, kv_len=97, dtype=dtype, device=kernel_device, **options)
+    check_prefill(problem, TILES)
+
+
 needs_hopper = pytest.mark.skipif(
     IS_INTERPRETED or torch.cuda.get_device_capability() != (9, 0), reason="Hopper's kernel needs a Hopper GPU"
 )

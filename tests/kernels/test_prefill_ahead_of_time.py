@@ -37,6 +37,7 @@ def compile_prefill(
             is_causal=is_causal,
             window=window,
             softcap=0.0,
+            cu_seqlens=None,
             tiles=tiles,
         )
     check_limits("sm_90", dtype, compiled)
