@@ -12,6 +12,9 @@ import torch
 from flashcore_ops.default_model import DefaultModelError, default_model_path
 from flashcore_ops.errors import MissingDependencyError
 
+# A quarter of the time that a kernel takes to compile goes to its line numbers, which no test reads.
+os.environ.setdefault("TRITON_DISABLE_LINE_INFO", "1")
+
 DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
