@@ -39,8 +39,9 @@ def _render_cases(title: str, cases: Sequence[Case], names: Sequence[str], figur
     shown = [name for name in names if any(figures.get(case, name, metric) is not None for case in cases)]
     table = _empty_table(title)
     table.add_column("B x S", no_wrap=True)
-    for name in (*shown, "speed / best peer"):
-        table.add_column(name.replace("_", " "), justify="right", vertical="bottom")
+    for name in (*shown, "speed_/ best_peer"):
+        # A word a line, since rich gives way to long headings before it folds them.
+        table.add_column(name.replace("_", "\n"), justify="right", vertical="bottom")
     for case in cases:
         values = [figures.get(case, name, metric) for name in shown]
         table.add_row(case.label, *map(_cell, (*values, figures.speedup(case))))
@@ -113,4 +114,5 @@ def _some(names: Sequence[str]) -> str:
 
 def _empty_table(title: str) -> Table:
     # Narrow, so that all implementations fit into a log of 120 columns.
-    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    style = box.SIMPLE_HEAD
+    return Table(title=f"\n{title}", title_justify="left", box=style, show_edge=False, padding=(0, 1, 0, 0))

@@ -20,7 +20,8 @@ def block_mask_of(inputs: Inputs) -> BlockMask | None:
     if not case.is_causal or (case.query_len == 1 and not case.window and not case.padding):
         return None
     offset = case.kv_len - case.query_len
-    starts = inputs.kv_range[:, 0]
+    # Inductor's CPU kernels refuse a mask function that holds a view.
+    starts = inputs.kv_range[:, 0].contiguous()
 
     def is_visible(batch: Tensor, head: Tensor, row: Tensor, slot: Tensor) -> Tensor:
         visible = slot <= row + offset
