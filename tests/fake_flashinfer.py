@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(_Wrapper):
         self._set((causal, window_left), (q_data_type, kv_data_type), (num_qo_heads, num_kv_heads, head_dim_qk))
 
     def run(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        rows, slots = ([slice(*pair) for pair in zip(ends, ends[1:], strict=False)] for ends in self.offsets)
+        rows, slots = ([slice(*pair) for pair in pairwise(ends)] for ends in self.offsets)
         return self._run(q, [(row, k[slot], v[slot]) for row, slot in zip(rows, slots, strict=True)])
 
 
@@ -74,16 +75,15 @@ class _Paged(_Wrapper):
         assert last_page_len.min() >= 1
         assert last_page_len.max() <= page_size
         ends = indptr.tolist()
-        self.pages = [indices[first:last] for first, last in zip(ends, ends[1:], strict=False)]
+        self.pages = [indices[first:last] for first, last in pairwise(ends)]
         self.lengths = [
-            page_size * (len(pages) - 1) + last
-            for pages, last in zip(self.pages, last_page_len.tolist(), strict=True)
+            page_size * (len(pages) - 1) + last for pages, last in zip(self.pages, last_page_len.tolist(), strict=True)
         ]
         self.page_size = page_size
 
     def _gather(self, cache: tuple[Tensor, Tensor], query_ends: list[int]) -> list[tuple[slice, Tensor, Tensor]]:
         assert cache[0].shape[1] == self.page_size
-        rows = [slice(*pair) for pair in zip(query_ends, query_ends[1:], strict=False)]
+        rows = [slice(*pair) for pair in pairwise(query_ends)]
         return [
             (row, *(half[pages].flatten(0, 1)[:length] for half in cache))
             for row, pages, length in zip(rows, self.pages, self.lengths, strict=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 
+import torch
 from torch import Tensor
 from torch.backends.cuda import (
     SDPAParams,
@@ -31,18 +32,17 @@ BACKEND_CHECKS: dict[SDPBackend, Callable[[SDPAParams, bool], bool]] = {
 
 
 def dense_mask(inputs: Inputs) -> Tensor:
-    """Which slots each row may see: bool `[B, 1, Q, S]`, the same memory for all sequences where they are alike."""
+    """Which slots each row may see: bool `[B, 1, Q, S]`, or `[1, 1, Q, S]` where all sequences are alike."""
     case = inputs.case
     kv_range = inputs.kv_range if case.padding else inputs.kv_range[:1]
-    visible = visible_slots(case.query_len, case.kv_len, kv_range, case.is_causal, case.window)
-    return visible[:, None].expand(case.batch, -1, -1, -1)
+    return visible_slots(case.query_len, case.kv_len, kv_range, case.is_causal, case.window)[:, None]
 
 
 @dataclass(frozen=True)
 class Arguments:
     """What one call passes on: query, key and value, the mask that they need, and whether rows align to the top left.
 
-    mask: bool `[B, 1, Q, S]`, torch's own object for rows aligned to the bottom right, or None.
+    mask: what is added to the scores `[B, 1, Q, S]`, torch's own object for rows aligned to the bottom right, or None.
     """
 
     query: Tensor
@@ -143,8 +143,12 @@ class Sdpa:
                 return None, True
             if self.has_lower_right:
                 return causal_lower_right(case.query_len, case.kv_len), False
-        mask = dense_mask(inputs)
-        return (mask.repeat(1, 1, case.group, 1) if self.is_packed else mask), False
+        visible = dense_mask(inputs)
+        if self.is_packed:
+            visible = visible.repeat(1, 1, case.group, 1)
+        # A bool mask would be turned into this one at each call.
+        added = inputs.query.new_zeros(visible.shape).masked_fill(~visible, -torch.inf)
+        return added.expand(case.batch, -1, -1, -1), False
 
 
 @dataclass(frozen=True)
@@ -161,7 +165,7 @@ class HuggingFaceStaticCache:
         return None if inputs.case.is_causal else "a cache is causal"
 
     def prepare(self, sets: Sequence[Inputs]) -> list[Call]:
-        mask = dense_mask(sets[0])
+        mask = dense_mask(sets[0]).expand(sets[0].case.batch, -1, -1, -1)
         return [partial(self._attend, inputs, mask) for inputs in sets]
 
     def _attend(self, inputs: Inputs, mask: Tensor) -> Tensor:
