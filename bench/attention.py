@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -24,6 +25,7 @@ from bench.figures import FLOOR, Figures
 from bench.first_call import measure_first_call
 from bench.harness import Ceilings, measure_ceilings, time_interleaved
 from bench.peers import IMPLEMENTATIONS, SHOWN
+from bench.plots import write_plots_of
 from bench.report import render_group, render_host, render_skips, render_summary
 from bench.results import DIRECTORY, Results, is_failure, make_meta, read_mergeable, write_results
 
@@ -114,7 +116,11 @@ def main(
     console.print(*render_summary(figures))
     for line in render_skips(results.skips):
         console.print(line, soft_wrap=True, markup=False)
-    console.print(f"wrote {path}", soft_wrap=True, markup=False)
+    plots = write_plots_of(path.parent) if find_spec("matplotlib") else []
+    for written in (path, *plots):
+        console.print(f"wrote {written}", soft_wrap=True, markup=False)
+    if not plots:
+        console.print("no plots: too few lengths were measured, or there is no matplotlib (extra `bench`)")
     if any(is_failure(skip) for skip in results.skips):
         raise typer.Exit(code=1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,16 +27,16 @@ class Mark:
     claim: str
     cases: Sequence[Any]
     figure: Callable[[Figures, Any], float | None]
-    at_least: float | None = None
-    at_most: float | None = None
+    at_least: float = -math.inf
+    at_most: float = math.inf
 
     @property
     def bound(self) -> str:
-        return f"<= {self.at_most:g}" if self.at_most is not None else f">= {self.at_least:g}"
+        return f">= {self.at_least:g}" if self.at_most == math.inf else f"<= {self.at_most:g}"
 
     def keeps(self, value: float) -> bool:
         """Whether a value is within the bound."""
-        return value <= self.at_most if self.at_most is not None else value >= (self.at_least or 0)
+        return self.at_least <= value <= self.at_most
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def judge_marks(marks: Sequence[Mark], figures: Figures) -> list[Verdict]:
     for mark in marks:
         values = [(mark.figure(figures, case), str(case)) for case in mark.cases]
         measured = [(value, case) for value, case in values if value is not None]
-        verdicts.append(Verdict(mark, sorted(measured, reverse=mark.at_most is not None)))
+        verdicts.append(Verdict(mark, sorted(measured, reverse=mark.at_most < math.inf)))
     return verdicts
 
 

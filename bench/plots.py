@@ -117,17 +117,25 @@ def lines_of(plot: Plot, rows: Iterable[Json]) -> dict[str, dict[int, float]]:
 
 
 def write_plots(directory: Path) -> None:
-    """Draws every plot that has figures into `<gpu>/plots` of a directory of results."""
+    """Draws every plot that has figures, of each GPU in a directory of results."""
     for folder in sorted(path for path in directory.iterdir() if path.is_dir()):
-        for plot in PLOTS:
-            path = folder / f"{plot.bench}.json"
-            lines = lines_of(plot, json.loads(path.read_text())["rows"]) if path.is_file() else {}
-            if not lines:
-                continue
-            svg = plot_lines(lines, plot.y_label, x_label="length (tokens)", is_logarithmic=plot.is_logarithmic)
-            (folder / "plots").mkdir(exist_ok=True)
-            for theme, ink in INKS.items():
-                (folder / "plots" / f"{plot.name}-{theme}.svg").write_text(svg.replace("currentColor", ink) + "\n")
+        write_plots_of(folder)
+
+
+def write_plots_of(folder: Path) -> list[Path]:
+    """Draws every plot that has figures among one GPU's results into its `plots`, and gives the files."""
+    written = []
+    for plot in PLOTS:
+        path = folder / f"{plot.bench}.json"
+        lines = lines_of(plot, json.loads(path.read_text())["rows"]) if path.is_file() else {}
+        if not lines:
+            continue
+        svg = plot_lines(lines, plot.y_label, x_label="length (tokens)", is_logarithmic=plot.is_logarithmic)
+        (folder / "plots").mkdir(exist_ok=True)
+        for theme, ink in INKS.items():
+            written.append(folder / "plots" / f"{plot.name}-{theme}.svg")
+            written[-1].write_text(svg.replace("currentColor", ink) + "\n")
+    return written
 
 
 def markdown_of(plot: Plot, gpu: str) -> str:

@@ -229,6 +229,7 @@ def test_command(measured, tmp_path, failing, status):
         finished.output
     )
     assert "7.25" in finished.output
+    assert "no plots" in finished.output
     assert "geometric mean of the speed over the best peer's: -" in finished.output
 
 
@@ -236,6 +237,9 @@ def test_groups_are_measured_in_parts(measured, tmp_path):
     common = ["--output", str(tmp_path), "--commit", "abc"]
     first = run("--groups", "decode", *common)
     assert first.exit_code == 0, first.output
+    plots = {f"attention-decode-{theme}.svg" for theme in ("dark", "light")}
+    assert {path.name for path in (tmp_path / "some-gpu" / "plots").iterdir()} == plots
+    assert f"{min(plots)}\n" in first.output
     # FlashCore and its one peer are as fast as each other.
     assert "geometric mean of the speed over the best peer's: 1.00" in first.output
     second = run("--groups", "eager, chunked", *common)

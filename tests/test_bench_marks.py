@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from bench import eager, first_call, fresh_process
-from bench.case_groups import DECODE, GROUPS, HEAD_DIMS, PADDED, PREFILL, SPECULATIVE, WINDOWED, decode, prefill
+from bench.case_groups import DECODE, GROUPS, HEAD_DIMS, PADDED, SPECULATIVE, WINDOWED, decode, prefill
 from bench.eager import measure_eager, time_host
 from bench.figures import Figures
 from bench.marks import LARGE, MARKS, NEAR_FLOOR, judge_marks
@@ -153,8 +154,7 @@ def test_marks_are_of_cases_that_are_measured(mark):
     measured |= {*eager.CASES, *first_call.CASES.values(), "all twelve"}
     assert set(mark.cases)
     assert set(mark.cases) <= measured
-    assert (mark.at_least is None) != (mark.at_most is None)
-    assert len(PREFILL) == 7
+    assert math.isfinite(mark.at_least) != math.isfinite(mark.at_most)
 
 
 def small(case):
