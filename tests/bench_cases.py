@@ -9,7 +9,6 @@ import torch
 from bench.cases import Case
 from bench.harness import Ceilings
 
-GENERATOR = torch.Generator().manual_seed(0)
 CEILINGS = Ceilings(copy_tbs=3.0, read_tbs=3.0, matmul_tflops=700.0, graph_kernel_us=1.25)
 DECODE = Case(batch=3, query_len=1, kv_len=63, num_query_heads=6, num_kv_heads=2, head_dim=16)
 PREFILL = replace(DECODE, query_len=63)
@@ -34,3 +33,8 @@ SORTS = {
     "float16": replace(PREFILL, dtype=torch.float16),
     "head dim 96": replace(DECODE, head_dim=96),
 }
+
+
+def generator() -> torch.Generator:
+    """The same numbers for each test, whichever ran before."""
+    return torch.Generator().manual_seed(0)

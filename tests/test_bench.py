@@ -21,7 +21,7 @@ from bench.cases import Case
 from bench.harness import calls_per_graph, num_input_sets, time_interleaved
 from bench.results import Row, Skip, make_meta, write_results
 from flashcore_ops import reference
-from tests.bench_cases import CEILINGS, CHUNK, DECODE, GENERATOR, PREFILL, SORTS
+from tests.bench_cases import CEILINGS, CHUNK, DECODE, PREFILL, SORTS, generator
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ["accuracy", "attention", "case_groups", "cases", "figures", "harness", "plots", "report", "results"]
@@ -36,7 +36,7 @@ def test_examples(module):
 
 def visible_of(case):
     """Which slots each row sees, bool `[B, Q, S]`."""
-    kv_range = case.random_inputs(GENERATOR).kv_range
+    kv_range = case.random_inputs(generator()).kv_range
     return reference.visible_slots(case.query_len, case.kv_len, kv_range, case.is_causal, case.window)
 
 
@@ -53,7 +53,7 @@ def test_flops_count_what_is_visible(case):
 
 @pytest.mark.parametrize("case", SORTS.values(), ids=SORTS)
 def test_bytes_are_those_of_the_tensors_that_some_row_sees(case):
-    inputs = case.random_inputs(GENERATOR)
+    inputs = case.random_inputs(generator())
     seen_slots = visible_of(case).any(dim=1).sum().item()
     bytes_a_slot = inputs.key[0, :, 0].nbytes + inputs.value[0, :, 0].nbytes
     assert case.num_kv_bytes == seen_slots * bytes_a_slot
@@ -90,7 +90,7 @@ def test_cases_that_make_no_sense_are_refused(wrong):
 def test_padding_grows_evenly():
     case = replace(DECODE, padding=40)
     assert case.starts == [0, 20, 40]
-    assert case.random_inputs(GENERATOR).kv_range.tolist() == [[0, 63], [20, 63], [40, 63]]
+    assert case.random_inputs(generator()).kv_range.tolist() == [[0, 63], [20, 63], [40, 63]]
 
 
 def test_the_groups_are_what_the_issue_lists():
@@ -139,7 +139,7 @@ def test_graphs_hold_whole_rounds(call_us, num_inputs):
 @pytest.mark.parametrize("max_scores", [1, 6 * 63 * 5, 2**20])
 @pytest.mark.parametrize("case", SORTS.values(), ids=SORTS)
 def test_target_in_blocks_is_the_reference(case, max_scores):
-    inputs = case.random_inputs(GENERATOR)
+    inputs = case.random_inputs(generator())
     tensors = (inputs.query.double(), inputs.key.double(), inputs.value.double())
     exact, _ = reference.attention_with_lse(*tensors, inputs.kv_range, is_causal=case.is_causal, window=case.window)
     target = make_target(inputs, max_scores=max_scores)
@@ -149,7 +149,7 @@ def test_target_in_blocks_is_the_reference(case, max_scores):
 
 
 def test_only_padding_may_hold_anything():
-    target = make_target(replace(PREFILL, padding=40).random_inputs(GENERATOR))
+    target = make_target(replace(PREFILL, padding=40).random_inputs(generator()))
     output = target.exact.masked_fill(target.is_padding, torch.nan)
     assert max_abs_error(output, target) == 0
     output[-1, 0, 40, 3] += 0.5

@@ -23,7 +23,7 @@ from bench.peers import IMPLEMENTATIONS, SHOWN
 from bench.peers.sdpa import Sdpa
 from bench.report import render_group, render_host, render_skips
 from bench.results import Results, Row, Skip
-from tests.bench_cases import CEILINGS, DECODE, GENERATOR, PREFILL
+from tests.bench_cases import CEILINGS, DECODE, PREFILL, generator
 
 MATH = Sdpa("sdpa_math", SDPBackend.MATH)
 
@@ -67,7 +67,7 @@ class FakeTimer:
 
 
 def measure_small(case, implementations, timer):
-    return measure_case(case, implementations, ceilings=CEILINGS, l2_bytes=1000, generator=GENERATOR, timer=timer)
+    return measure_case(case, implementations, ceilings=CEILINGS, l2_bytes=1000, generator=generator(), timer=timer)
 
 
 @pytest.mark.parametrize(
@@ -91,9 +91,14 @@ def test_wrong_results_are_never_timed(other, reason):
 
 def test_every_input_set_has_its_turn():
     timer = FakeTimer()
-    measure_small(DECODE, [MATH], timer)
-    assert len(timer.outputs) >= 2
-    assert len({output.sum().item() for output in timer.outputs}) == len(timer.outputs)
+    packed = replace(MATH, name="sdpa_math_packed", is_packed=True)
+    measure_small(DECODE, [MATH, packed], timer)
+    assert {len(output.shape) for output in timer.outputs} == {4, 5}
+    sums = [output.double().sum().item() for output in timer.outputs]
+    half = len(sums) // 2
+    assert half >= 2
+    assert len(set(sums[:half])) == half
+    assert sums[:half] == pytest.approx(sums[half:], abs=0.5)
 
 
 def test_rows_of_a_case():
@@ -112,7 +117,7 @@ def test_rows_of_a_case():
 
 def test_a_failing_case_does_not_end_the_run():
     broken = replace(DECODE, num_kv_heads=4)
-    options = {"ceilings": CEILINGS, "l2_bytes": 1000, "generator": GENERATOR, "timer": FakeTimer()}
+    options = {"ceilings": CEILINGS, "l2_bytes": 1000, "generator": generator(), "timer": FakeTimer()}
     first, second = measure_cases([broken, DECODE], [MATH], **options)
     assert [len(first.skips), len(second.skips)] == [1, 0]
     assert first.skips[0].reason.startswith("failed: ")
@@ -272,14 +277,14 @@ def test_bad_options(words, said):
 
 
 def test_each_case_of_several_groups_is_measured_once(monkeypatch):
-    asked = []
+    asked, source = [], generator()
 
     def measure_nothing(cases, *_, **__):
         asked.extend(cases)
         return (Results() for _ in cases)
 
     monkeypatch.setattr(attention, "measure_cases", measure_nothing)
-    monkeypatch.setattr(torch, "Generator", lambda device: GENERATOR)
+    monkeypatch.setattr(torch, "Generator", lambda device: source)
     monkeypatch.setattr(attention, "measure_eager", lambda case, *_: Results([Row(case, "sdpa", "host_us", 1.0)]))
     monkeypatch.setattr(attention, "measure_first_call", lambda name: Results())
     groups = {"prefill": GROUPS["prefill"], "windowed": GROUPS["windowed"]}
@@ -294,8 +299,8 @@ def test_a_case_on_the_gpu(case):
     def timer(calls, inputs, num_calls):
         return time_interleaved(calls, inputs, num_calls=num_calls, repeats=3)
 
-    generator = torch.Generator("cuda").manual_seed(0)
-    options = {"ceilings": CEILINGS, "l2_bytes": 2**20, "generator": generator, "timer": timer}
+    source = torch.Generator("cuda").manual_seed(0)
+    options = {"ceilings": CEILINGS, "l2_bytes": 2**20, "generator": source, "timer": timer}
     (results,) = measure_cases([case], IMPLEMENTATIONS, **options)
     timed = {row.impl: row.value for row in results.rows if row.metric == "us"}
     assert 0.5 < timed["flashcore"] < 10_000

@@ -19,7 +19,7 @@ from bench.peers.flashinfer import FlashInferPaged, FlashInferRagged
 from bench.peers.flex import FlexAttention, block_mask_of
 from bench.peers.sdpa import HuggingFaceStaticCache, Sdpa
 from tests import fake_flashinfer
-from tests.bench_cases import CHUNK, DECODE, GENERATOR, PREFILL, SORTS
+from tests.bench_cases import CHUNK, DECODE, PREFILL, SORTS, generator
 
 MATH = Sdpa("sdpa_math", SDPBackend.MATH)
 PACKED = replace(MATH, is_packed=True)
@@ -42,7 +42,8 @@ LEFT_OUT = {
 
 
 def sets_of(case, number=2):
-    return [case.random_inputs(GENERATOR) for _ in range(number)]
+    source = generator()
+    return [case.random_inputs(source) for _ in range(number)]
 
 
 def check(implementation, case):
@@ -176,13 +177,13 @@ def test_flashinfer_runs_its_fastest_kernels(fake):
 
 def test_flashinfer_says_why_not(monkeypatch):
     paged, ragged = FlashInferPaged(), FlashInferRagged()
-    decode, prefill = (replace(case, head_dim=128).random_inputs(GENERATOR) for case in (DECODE, PREFILL))
+    decode, prefill = (replace(case, head_dim=128).random_inputs(generator()) for case in (DECODE, PREFILL))
     monkeypatch.setattr(flashinfer_peers, "find_spec", lambda name: None)
     assert "not installed" in paged.why_not(decode)
     assert "not installed" in ragged.why_not(prefill)
     monkeypatch.setattr(flashinfer_peers, "find_spec", lambda name: name)
     assert "needs a GPU" in paged.why_not(decode)
-    assert "64, 128, 256" in paged.why_not(SORTS["head dim 96"].random_inputs(GENERATOR))
+    assert "64, 128, 256" in paged.why_not(SORTS["head dim 96"].random_inputs(generator()))
     monkeypatch.setattr(flashinfer_peers, "why_not_flashinfer", lambda inputs: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert "Hopper" in ragged.why_not(prefill)
@@ -211,8 +212,8 @@ def test_right_on_the_gpu(sort):
     """None is wrong and none of ours fails, at a head dim that all have kernels for."""
     case = replace(SORTS[sort], head_dim=64, kv_len=640)
     case = replace(case, query_len=640) if SORTS[sort].query_len == 63 else case
-    generator = torch.Generator("cuda").manual_seed(0)
-    sets = [case.random_inputs(generator) for _ in range(2)]
+    source = torch.Generator("cuda").manual_seed(0)
+    sets = [case.random_inputs(source) for _ in range(2)]
     target = make_target(sets[0])
     torch._dynamo.reset()
     verdicts = {item.name: judge(item, sets, target)[2] for item in IMPLEMENTATIONS}
