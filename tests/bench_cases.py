@@ -23,6 +23,7 @@ SORTS = {
     "windowed prefill": replace(PREFILL, window=17),
     "windowed chunk": replace(CHUNK, window=17),
     "padded decode": replace(DECODE, padding=40),
+    "padded windowed decode": replace(DECODE, window=17, padding=50),
     "padded speculative": replace(DECODE, query_len=5, padding=40),
     "padded prefill": replace(PREFILL, padding=40),
     "padded windowed chunk": replace(CHUNK, padding=50, window=17),

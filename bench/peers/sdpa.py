@@ -116,9 +116,10 @@ class Sdpa:
 
     def _arguments(self, sets: Sequence[Inputs]) -> list[Arguments]:
         case = sets[0].case
-        # A cache of a windowed model keeps no slots that its next token does not see.
-        first_slot = case.kv_len - case.window if case.window and case.query_len == 1 else 0
         mask, is_causal = self._rows(sets[0])
+        # A cache of a windowed model keeps no slots that its next token does not see.
+        is_sliced = case.window > 0 and mask is None
+        first_slot = case.kv_len - case.window if is_sliced else 0
         return [
             Arguments(
                 inputs.query.reshape(case.batch, case.num_kv_heads, -1, case.head_dim)
