@@ -1,161 +1,127 @@
 """`python -m bench.attention`: decode and prefill attention on a GPU, FlashCore beside its peers.
 
-Exit status: 0 all went well, 1 FlashCore was wrong or failed in some case, 2 there is no GPU.
+Exit status: 0 all went well, 1 FlashCore was wrong or failed in some case, 2 there is no GPU or an option is wrong.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
-from torch import Tensor
 
-from bench.accuracy import Target, make_target, max_abs_error
-from bench.cases import DECODE, PREFILL, QUICK_DECODE, QUICK_PREFILL, Case, Inputs
-from bench.harness import (
-    Ceilings,
-    Timing,
-    calls_per_graph,
-    describe,
-    measure_ceilings,
-    num_input_sets,
-    time_interleaved,
-)
-from bench.peers import FLASHCORE, PEERS, Implementation
-from bench.report import render_skips, render_table
-from bench.results import DIRECTORY, Row, Skip, make_meta, write_results
+from bench import eager, first_call
+from bench.attention_runs import measure_cases
+from bench.case_groups import GROUPS, QUICK
+from bench.cases import Case
+from bench.eager import measure_eager
+from bench.figures import FLOOR, Figures
+from bench.first_call import measure_first_call
+from bench.harness import Ceilings, measure_ceilings, time_interleaved
+from bench.peers import IMPLEMENTATIONS, SHOWN
+from bench.plots import write_plots_of
+from bench.report import render_group, render_host, render_skips, render_summary
+from bench.results import DIRECTORY, Results, is_failure, make_meta, read_mergeable, write_results
 
-# Calls by implementation, input sets, calls a graph.
-Timer = Callable[[Mapping[str, Callable[[Inputs], Tensor]], Sequence[Inputs], int], Timing]
+# What the host does, measured last: its processes have the GPU beside this one's.
+HOST_GROUPS = ("eager", "first_call")
+NAMES = (*GROUPS, *HOST_GROUPS)
 
 
-def judge(implementation: Implementation, inputs: Inputs, target: Target) -> tuple[float | None, str]:
-    """The error of a right result and "", or None and why the implementation is not to be timed."""
-    try:
-        reason = implementation.why_not(inputs)
-        if reason is not None:
-            return None, f"cannot run: {reason}"
-        # The allocator hands this block to the next tensor of its size, so an element left unwritten is NaN.
-        poison = torch.full_like(inputs.query, torch.nan)
-        del poison
-        output = implementation(inputs)
-        if output.shape != target.exact.shape or output.dtype != inputs.query.dtype:
-            return None, f"wrong: gave {output.dtype} {list(output.shape)}"
-        error = max_abs_error(output, target)
-    except Exception as failure:
-        return None, f"failed: {describe(failure)}"
-    if error <= target.bar:
-        return error, ""
-    return None, f"wrong: error {error:.3g} where {target.bar:.3g} passes"
+def parse_groups(text: str | None) -> list[str]:
+    """The groups of a comma-separated list, in the usual order; all of them for None.
 
+    Raises:
+        typer.BadParameter: a group is unknown.
 
-def measure_case(
-    case: Case,
-    implementations: Sequence[Implementation],
-    floor_us: float,
-    l2_bytes: int,
-    generator: torch.Generator,
-    timer: Timer,
-) -> tuple[list[Row], list[Skip]]:
-    """Checks every implementation of a case, then times those that are right.
-
-    Args:
-        floor_us: the least time of one call, from which the number of calls in a graph follows.
-        l2_bytes: size of the cache that the rotated inputs must exceed.
-        generator: draws the inputs, on its own device.
+    Example:
+        >>> parse_groups("prefill, decode")
+        ['decode', 'prefill']
     """
-    rows, skips = [Row(case, "floor", "us", floor_us)], []
-    inputs = [case.random_inputs(generator) for _ in range(num_input_sets(case.num_bytes, l2_bytes))]
-    target = make_target(inputs[0])
-    calls: dict[str, Callable[[Inputs], Tensor]] = {}
-    for implementation in implementations:
-        error, reason = judge(implementation, inputs[0], target)
-        if error is None:
-            skips.append(Skip(case, implementation.name, reason))
-            continue
-        rows.append(Row(case, implementation.name, "max_abs_err", error))
-        calls[implementation.name] = implementation
-    del target
-    timing = timer(calls, inputs, calls_per_graph(floor_us, len(inputs)))
-    skips += [Skip(case, name, f"failed: {reason}") for name, reason in timing.failures.items()]
-    for name, microseconds in timing.microseconds.items():
-        rows.append(Row(case, name, "us", microseconds))
-        if not case.is_decode:
-            rows.append(Row(case, name, "tflops", case.tflops(microseconds)))
-    return rows, skips
+    wanted = list(NAMES) if text is None else [word.strip() for word in text.split(",")]
+    unknown = [name for name in wanted if name not in NAMES]
+    if unknown:
+        raise typer.BadParameter(f"expected groups out of {', '.join(NAMES)}, got {', '.join(unknown)!r}")
+    return [name for name in NAMES if name in wanted]
 
 
-def measure_cases(
-    cases: Sequence[Case],
-    implementations: Sequence[Implementation],
-    ceilings: Ceilings,
-    l2_bytes: int,
-    generator: torch.Generator,
-    timer: Timer,
-) -> Iterator[tuple[list[Row], list[Skip]]]:
-    """Rows and skips of one case after another; a case that fails as a whole is skipped for all implementations."""
-    for case in cases:
-        floor_us = case.floor_us(read_tbs=ceilings.read_tbs, matmul_tflops=ceilings.matmul_tflops)
-        try:
-            result = measure_case(
-                case, implementations, floor_us=floor_us, l2_bytes=l2_bytes, generator=generator, timer=timer
-            )
-        except Exception as error:
-            result = [], [Skip(case, item.name, f"failed: {describe(error)}") for item in implementations]
-        yield result
+def measure(
+    groups: Mapping[str, Sequence[Case]], host_groups: Sequence[str], ceilings: Ceilings, l2_bytes: int, repeats: int
+) -> Iterator[tuple[object, Results]]:
+    """Each case of the groups once, with its results."""
+    # Of our own: a capture that fails leaves the default generator unusable.
+    generator = torch.Generator("cuda").manual_seed(0)
+    cases = list(dict.fromkeys(case for group in groups.values() for case in group))
+    timer = partial(time_interleaved, repeats=repeats)
+    measured = measure_cases(
+        cases, IMPLEMENTATIONS, ceilings=ceilings, l2_bytes=l2_bytes, generator=generator, timer=timer
+    )
+    yield from zip(cases, measured, strict=True)
+    if "eager" in host_groups:
+        for case in eager.CASES:
+            yield case, measure_eager(case, generator, repeats)
+    if "first_call" in host_groups:
+        for name, case in first_call.CASES.items():
+            yield case, measure_first_call(name)
 
 
 def main(
-    quick: Annotated[bool, typer.Option("--quick", help="A few cases and repeats, under a minute.")] = False,
+    groups: Annotated[str | None, typer.Option(help=f"Comma-separated, out of {', '.join(NAMES)}.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A few cases of decode and prefill, few repeats.")] = False,
     output: Annotated[Path, typer.Option(help="Where <gpu>/attention.json goes.", show_default=False)] = DIRECTORY,
     commit: Annotated[str | None, typer.Option(help="Commit to record where the sources have no git history.")] = None,
 ) -> None:
-    """Measure decode and prefill attention on the current GPU, FlashCore beside its peers."""
+    """Measure decode and prefill attention on the current GPU, FlashCore beside its peers.
+
+    Results of other cases stay in the file if they are of the same commit, GPU and versions.
+    """
+    if quick and groups is not None:
+        raise typer.BadParameter("expected --quick or --groups, got both")
+    names = parse_groups(groups)
     if not torch.cuda.is_available():
         typer.echo("error: bench.attention needs a CUDA GPU, and torch sees none.", err=True)
         raise typer.Exit(code=2)
     # Tables are read in pipes and logs too, where rich would fold them at 80 columns.
     console = Console(highlight=False, width=None if Console().is_terminal else 120)
+    chosen = QUICK if quick else {name: GROUPS[name] for name in names if name in GROUPS}
+    host_groups = [] if quick else [name for name in names if name in HOST_GROUPS]
     repeats = 7 if quick else 20
     ceilings = measure_ceilings(repeats)
     gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
     meta = make_meta(gpu.name, ceilings, commit)
+    bench = "attention-quick" if quick else "attention"
+    kept = read_mergeable(output, bench, meta)
     console.print(
         f"{gpu.name}, torch {meta['torch']}, triton {meta['triton']}: copy {ceilings.copy_tbs:.2f} TB/s, "
         f"read {ceilings.read_tbs:.2f} TB/s, matmul {ceilings.matmul_tflops:.0f} TFLOP/s, "
         f"smallest graph kernel {ceilings.graph_kernel_us:.2f} us"
     )
-    implementations = [FLASHCORE, *PEERS]
-    decode, prefill = (QUICK_DECODE, QUICK_PREFILL) if quick else (DECODE, PREFILL)
-    measured = measure_cases(
-        decode + prefill,
-        implementations,
-        ceilings=ceilings,
-        l2_bytes=gpu.L2_cache_size,
-        # One of our own: a capture that fails leaves the default generator unusable.
-        generator=torch.Generator("cuda").manual_seed(0),
-        timer=partial(time_interleaved, repeats=repeats),
-    )
-    rows: list[Row] = []
-    skips: list[Skip] = []
-    for case, (case_rows, case_skips) in zip(decode + prefill, measured, strict=True):
+    results = Results()
+    for case, more in measure(chosen, host_groups, ceilings=ceilings, l2_bytes=gpu.L2_cache_size, repeats=repeats):
+        results += more
         console.print(f"measured {case}")
-        rows += case_rows
-        skips += case_skips
         # After every case, so that a run cut short keeps what it measured.
-        path = write_results(output, "attention-quick" if quick else "attention", meta, rows, skips)
-    names = [item.name for item in implementations]
-    console.print(render_table("Decode, us", decode, names, rows, metric="us"))
-    console.print(render_table("Prefill, TFLOP/s", prefill, names, rows, metric="tflops"))
-    for line in render_skips(skips):
+        path = write_results(output, bench, meta, results.rows, results.skips, kept=kept)
+    figures = Figures.of(json.loads(path.read_text()))
+    for group, cases in chosen.items():
+        console.print(*render_group(group, cases, [FLOOR, *(item.name for item in SHOWN)], figures))
+    if host_groups:
+        console.print(render_host([*eager.CASES, *first_call.CASES.values()], eager.IMPLS, figures))
+    console.print(*render_summary(figures))
+    for line in render_skips(results.skips):
         console.print(line, soft_wrap=True, markup=False)
-    console.print(f"wrote {path}", soft_wrap=True, markup=False)
-    if any(skip.impl == FLASHCORE.name for skip in skips):
+    plots = write_plots_of(path.parent) if find_spec("matplotlib") else []
+    for written in (path, *plots):
+        console.print(f"wrote {written}", soft_wrap=True, markup=False)
+    if not plots:
+        console.print("no plots: too few lengths were measured, or there is no matplotlib (extra `bench`)")
+    if any(is_failure(skip) for skip in results.skips):
         raise typer.Exit(code=1)
 
 

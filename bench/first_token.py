@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import torch
 import typer
 
 from bench.decoders import IMPLEMENTATIONS, Implementation
+from bench.fresh_process import measure_cold_and_warm
 from bench.gauge import CudaGauge, Gauge
 from bench.llama_cases import LlamaCase, compile_case
 from bench.models import Models, make_models
-from bench.results import Results, Row, Skip
+from bench.results import Results
 from flashcore_ops import make_static_cache
-
-ROOT = Path(__file__).parent.parent
-TIMEOUT_SECONDS = 600
 
 
 def measure_first_tokens(
@@ -29,21 +23,12 @@ def measure_first_tokens(
 ) -> Results:
     """Cold, with the compilers' caches empty, then warm, with what the cold run left in them; a process for each."""
     results = Results()
+    options = [] if model is None else ["--model", str(model.resolve())]
+    options += [] if layers is None else ["--layers", str(layers)]
     for implementation in implementations:
-        if implementation.is_eager:
-            continue
-        name = implementation.name
-        command = [sys.executable, "-m", "bench.first_token", name]
-        command += [] if model is None else ["--model", str(model.resolve())]
-        command += [] if layers is None else ["--layers", str(layers)]
-        with TemporaryDirectory() as directory:
-            caches = {kind: str(Path(directory) / kind) for kind in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
-            for metric in ("cold_ms", "warm_ms"):
-                try:
-                    results.rows.append(Row(case, name, metric, _run(command, os.environ | caches)))
-                except (subprocess.SubprocessError, ValueError, IndexError) as error:
-                    results.skips.append(Skip(case, name, f"failed: {_last_line(error)}"))
-                    break
+        if not implementation.is_eager:
+            name = implementation.name
+            results += measure_cold_and_warm("bench.first_token", [name, *options], case, name)
     return results
 
 
@@ -70,18 +55,6 @@ def main(
     models = make_models(model, layers, torch.device("cuda"))
     case = compile_case(models.name, models.sizes.num_layers)
     typer.echo(first_token_ms(by_name[name], models, case, CudaGauge()))
-
-
-def _run(command: list[str], environment: dict[str, str]) -> float:
-    finished = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True, timeout=TIMEOUT_SECONDS
-    )
-    return float(finished.stdout.splitlines()[-1])
-
-
-def _last_line(error: Exception) -> str:
-    text = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
-    return ((text or "").strip().splitlines() or [type(error).__name__])[-1]
 
 
 if __name__ == "__main__":

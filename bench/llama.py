@@ -31,7 +31,7 @@ from bench.llama_report import render_columns, render_decode
 from bench.llama_runs import Effort, measure_case
 from bench.models import make_models
 from bench.report import render_skips
-from bench.results import DIRECTORY, Results, Skip, make_meta, read_mergeable, write_results
+from bench.results import DIRECTORY, Results, is_failure, make_meta, read_mergeable, write_results
 
 NAMES = tuple(item.name for item in IMPLEMENTATIONS)
 
@@ -138,16 +138,6 @@ def main(
     console.print(f"wrote {path}", soft_wrap=True, markup=False)
     if any(is_failure(skip) for skip in results.skips):
         raise typer.Exit(code=1)
-
-
-def is_failure(skip: Skip) -> bool:
-    """Whether FlashCore was wrong or failed, rather than being unable to run the case.
-
-    Example:
-        >>> is_failure(Skip(compile_case("tiny", layers=2), "flashcore_loop", "wrong: logits are off"))
-        True
-    """
-    return skip.impl.startswith("flashcore") and not skip.reason.startswith("cannot run")
 
 
 if __name__ == "__main__":

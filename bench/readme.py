@@ -3,32 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.case_groups import DECODE, PREFILL, is_among
+from bench.figures import FLOOR
 from bench.llama_cases import LlamaCase
-from bench.plots import PLOTS, lines_of, markdown_of, write_plots
+from bench.plots import LABELS, PLOTS, lines_of, markdown_of, write_plots
+from bench.report import figure
 from bench.results import DIRECTORY
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-FLOOR = "floor"
-LABELS = {
-    FLOOR: "floor",
-    "flashcore": "FlashCore",
-    "sdpa_cudnn": "SDPA cuDNN",
-    "sdpa_flash": "SDPA flash",
-    "sdpa_efficient": "SDPA efficient",
-    "hf_static_cache": "Hugging Face, static cache",
-    "flashcore_loop": "FlashCore's loop",
-    "flashcore_compiled": "FlashCore, compiled",
-    "flashcore_eager": "FlashCore, eager",
-    "hf_compiled": "Hugging Face, compiled",
-    "hf_eager": "Hugging Face, eager",
-}
-ATTENTION = ("flashcore", "sdpa_cudnn", "sdpa_flash", "sdpa_efficient", "hf_static_cache")
+ATTENTION = (
+    *("flashcore", "flashcore_portable", "sdpa_cudnn", "sdpa_flash", "sdpa_efficient", "sdpa_cudnn_packed"),
+    *("sdpa_flash_packed", "flex", "flashinfer_paged", "flashinfer_fa3", "hf_static_cache"),
+)
 Json = Mapping[str, Any]
 
 
@@ -36,48 +28,64 @@ Json = Mapping[str, Any]
 class Table:
     """Which figures of a results file make a table.
 
-    kind: decode, prefill or compile.
+    takes: whether a case is in it.
     metrics: each with what its lines say beside their shape.
     impls: the columns, as far as they have figures. The best of several is bold.
     """
 
     bench: str
-    kind: str
     title: str
+    takes: Callable[[Json], bool]
     metrics: Mapping[str, str]
     impls: Sequence[str]
     has_ratios: bool = False
     is_more_better: bool = False
 
 
+def is_of_kind(kind: str) -> Callable[[Json], bool]:
+    """A test of whether a case of bench.llama is of a kind.
+
+    Example:
+        >>> is_of_kind("decode")({"kind": "prefill"})
+        False
+    """
+    return lambda case: bool(case["kind"] == kind)
+
+
 TABLES = (
     Table(
         bench="llama",
-        kind="decode",
         title="Decode of a whole model, ms a token, and times the floor",
+        takes=is_of_kind("decode"),
         metrics={"loop_ms": ""},
-        impls=("flashcore_loop", "flashcore_compiled", "hf_compiled", "flashcore_eager", "hf_eager"),
+        impls=(FLOOR, "flashcore_loop", "flashcore_compiled", "hf_compiled", "flashcore_eager", "hf_eager"),
         has_ratios=True,
     ),
     Table(
         bench="llama",
-        kind="prefill",
         title="Prefill of a whole model, ms",
+        takes=is_of_kind("prefill"),
         metrics={"prefill_ms": ""},
         impls=("flashcore_compiled", "flashcore_eager", "hf_compiled", "hf_eager"),
     ),
     Table(
         bench="llama",
-        kind="compile",
         title="From a loaded model to its first decoded token, ms",
+        takes=is_of_kind("compile"),
         metrics={"cold_ms": "compilers' caches empty", "warm_ms": "compilers' caches filled"},
         impls=("flashcore_loop", "flashcore_compiled", "hf_compiled"),
     ),
-    Table(bench="attention", kind="decode", title="Decode attention, us", metrics={"us": ""}, impls=ATTENTION),
     Table(
         bench="attention",
-        kind="prefill",
+        title="Decode attention, us",
+        takes=is_among(DECODE),
+        metrics={"us": ""},
+        impls=(FLOOR, *ATTENTION),
+    ),
+    Table(
+        bench="attention",
         title="Causal prefill attention, TFLOP/s",
+        takes=is_among(PREFILL),
         metrics={"tflops": ""},
         impls=ATTENTION,
         is_more_better=True,
@@ -131,13 +139,13 @@ def short_commit(commit: str) -> str:
 
 def render_table(table: Table, rows: Iterable[Json]) -> str:
     """A title and a table, or nothing where there are no figures."""
-    rows = [row for row in rows if row["metric"] in table.metrics and kind_of(row["case"]) == table.kind]
+    rows = [row for row in rows if row["metric"] in table.metrics and table.takes(row["case"])]
     rows.sort(key=lambda row: (*order_of(row["case"]), list(table.metrics).index(row["metric"])))
     figures: dict[tuple[str, str], dict[str, float]] = {}
     for row in rows:
         key = shape_of(row["case"]), table.metrics[row["metric"]]
         figures.setdefault(key, {})[row["impl"]] = row["value"]
-    shown = [name for name in (FLOOR, *table.impls) if any(name in line for line in figures.values())]
+    shown = [name for name in table.impls if any(name in line for line in figures.values())]
     if not set(shown) - {FLOOR}:
         return ""
     subjects = dict.fromkeys(subject_of(row["case"]) for row in rows)
@@ -176,24 +184,10 @@ def render_cells(figures: Sequence[tuple[str, float | None]], table: Table) -> l
     return cells
 
 
-def figure(value: float) -> str:
-    """Three digits or more.
-
-    Example:
-        >>> figure(5.038), figure(54.321), figure(2345.6)
-        ('5.04', '54.3', '2346')
-    """
-    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
-
-
-def kind_of(case: Json) -> str:
-    """decode, prefill or compile."""
-    return str(case.get("kind") or ("decode" if case["Q"] == 1 else "prefill"))
-
-
 def order_of(case: Json) -> tuple[int, ...]:
     """Where a case stands in its table: by batch at decode, by length elsewhere. Merged results files are unordered."""
-    sizes = (case["B"], case["S"]) if kind_of(case) == "decode" else (case["S"], case["B"])
+    is_decode = case["kind"] == "decode" if "kind" in case else case["Q"] == 1
+    sizes = (case["B"], case["S"]) if is_decode else (case["S"], case["B"])
     return (*sizes, case.get("capacity", 0))
 
 

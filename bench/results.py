@@ -51,6 +51,17 @@ class Skip:
         return {"case": self.case.to_json(), "impl": self.impl, "reason": self.reason}
 
 
+def is_failure(skip: Skip) -> bool:
+    """Whether FlashCore was wrong or failed, rather than being unable to run the case.
+
+    Example:
+        >>> from bench.cases import Case
+        >>> is_failure(Skip(Case(batch=1, query_len=1, kv_len=512), "flashcore", "wrong: error 0.3"))
+        True
+    """
+    return skip.impl.startswith("flashcore") and not skip.reason.startswith("cannot run")
+
+
 @dataclass
 class Results:
     """Figures, and why others are missing."""

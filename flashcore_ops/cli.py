@@ -230,6 +230,33 @@ def deploy(
         raise typer.Exit(code=status)
 
 
+bench = typer.Typer(help="Measure FlashCore beside its peers on this GPU, from a checkout.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+# The benchmark has options of its own, --help among them.
+PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+@bench.command(context_settings=PASSED_ON)
+def attention(context: typer.Context) -> None:
+    """Attention alone, beside SDPA, FlexAttention and FlashInfer: `flashcore bench attention --help` for options."""
+    run_bench("attention", context.args)
+
+
+@bench.command(context_settings=PASSED_ON)
+def llama(context: typer.Context) -> None:
+    """A whole LLaMA model, beside Hugging Face: `flashcore bench llama --help` for options."""
+    run_bench("llama", context.args)
+
+
+def run_bench(name: str, arguments: list[str]) -> None:
+    """Leaves with the benchmark's own exit status."""
+    with plain_errors():
+        from flashcore_ops.commands.bench import run_benchmark
+
+        status = run_benchmark(name, arguments)
+    raise typer.Exit(code=status)
+
+
 @contextmanager
 def plain_errors() -> Iterator[None]:
     """Turns errors raised on purpose into one line on stderr and exit status 2."""

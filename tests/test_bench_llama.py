@@ -17,7 +17,7 @@ from torch._dynamo.testing import CompileCounter
 from transformers import LlamaConfig
 from typer.testing import CliRunner
 
-from bench import first_token, llama
+from bench import first_token, fresh_process, llama
 from bench.decoders import FLASHCORE_LOOP, IMPLEMENTATIONS, ModelForward, layers_of
 from bench.gauge import CudaGauge
 from bench.harness import Ceilings
@@ -36,7 +36,7 @@ from bench.llama_report import render_columns, render_decode
 from bench.llama_runs import Effort, measure_case
 from bench.logits import fill_randomly, logits_of, make_target, relative_error
 from bench.models import LLAMA_3_1_8B, logits_after, share
-from bench.results import Results, Row, Skip, merge, read_mergeable, write_results
+from bench.results import Results, Row, Skip, is_failure, merge, read_mergeable, write_results
 from flashcore_ops import is_patched, make_static_cache
 from flashcore_ops.model_shapes import random_model, shape_config
 from flashcore_ops.validation.float32 import in_float32
@@ -324,7 +324,7 @@ def test_wrong_and_failing_implementations_have_no_times(models, broken, reason)
     assert (broken.name, "loop_ms") not in figures
     assert [skip.impl for skip in results.skips] == [broken.name]
     assert results.skips[0].reason.startswith(reason)
-    assert llama.is_failure(results.skips[0])
+    assert is_failure(results.skips[0])
 
 
 @torch.no_grad()
@@ -347,7 +347,7 @@ def test_what_does_not_fit_is_skipped(models):
     assert [row.impl for row in too_large.rows] == ["floor"]
     assert [skip.impl for skip in too_large.skips] == ["hf_eager", "flashcore_eager"]
     assert all(skip.reason.startswith("cannot run: needs 2.1 GB") for skip in too_large.skips)
-    assert not llama.is_failure(too_large.skips[1])
+    assert not is_failure(too_large.skips[1])
 
 
 def test_a_case_that_fails_as_a_whole(models):
@@ -481,7 +481,7 @@ def test_first_tokens_come_from_fresh_processes_with_fresh_caches(monkeypatch, t
             raise subprocess.CalledProcessError(1, command, stderr="Traceback\nRuntimeError: no\n")
         return SimpleNamespace(stdout=f"noise\n{1000.0 * len(runs)}\n")
 
-    monkeypatch.setattr(first_token.subprocess, "run", run)
+    monkeypatch.setattr(fresh_process.subprocess, "run", run)
     case = compile_case("tiny", layers=2)
     results = first_token.measure_first_tokens([EAGER, COMPILED, LOOP], case, model=tmp_path, layers=2)
     assert [(row.metric, row.value) for row in results.rows] == [("cold_ms", 1000.0), ("warm_ms", 2000.0)]

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("transformers")
 
 from bench import readme
-from bench.cases import decode, prefill
+from bench.case_groups import WINDOWED, decode, prefill
 from bench.harness import Ceilings
 from bench.llama_cases import LlamaCase, compile_case, prefill_cases
 from bench.results import DIRECTORY, Case, Row, make_meta, write_results
@@ -57,6 +57,8 @@ def test_tables(tmp_path: Path) -> None:
     rows = rows_of(decode(1, 512), "us", floor=0.7, flashcore=7.9, sdpa_cudnn=8.2, unknown=1.0)
     rows += rows_of(prefill(16384), "tflops", flashcore=500.0, sdpa_cudnn=600.0)
     rows += rows_of(prefill(512), "tflops", flashcore=380.0, sdpa_cudnn=370.0)
+    # Of another group than the tables'.
+    rows += [row for case in WINDOWED if case.window for row in rows_of(case, "tflops", flashcore=1.0, flex=2.0)]
     write_results(tmp_path, "attention", META, rows, [])
     (tmp_path / "some-gpu" / "attention-quick.json").write_text("not read")
     assert_expected_inline(
