@@ -249,6 +249,7 @@ def test_a_fresh_process_has_no_triton_before_its_first_call():
 
 
 @pytest.mark.gpu
+@pytest.mark.slow
 def test_the_host_on_a_gpu():
     source = torch.Generator("cuda").manual_seed(0)
     results = measure_eager(eager.CASES[0], source, repeats=3)

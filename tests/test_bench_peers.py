@@ -207,6 +207,7 @@ def test_names():
 
 
 @pytest.mark.gpu
+@pytest.mark.slow
 @pytest.mark.parametrize("sort", SORTS)
 def test_right_on_the_gpu(sort):
     """None is wrong and none of ours fails, at a head dim that all have kernels for."""
