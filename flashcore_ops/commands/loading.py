@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from flashcore_ops.errors import DeviceError, DtypeError, OptionError
-from flashcore_ops.integrations.families import check_model
+from flashcore_ops.integrations.model_checks import check_model
 from flashcore_ops.model_shapes import SHAPES, shape_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
