@@ -37,7 +37,7 @@ def hosts_in(model: nn.Module) -> Iterator[PreTrainedModel]:
 
 def _names() -> str:
     *first, last = (family.name for family in FAMILIES)
-    return f"a {'; '.join(first)} or {last} model of transformers"
+    return f"a {', '.join(first)} or {last} model of transformers"
 
 
 def _served_family_of(host: PreTrainedModel) -> Family:
