@@ -168,8 +168,9 @@ def _check_window(q_offset: int | Tensor, kv_offset: int, window: int | None) ->
     if kv_offset > max(0, q_offset - window + 1):
         raise CapacityError.explain(
             "past_key_values",
-            expected=f"all tokens, or at least the {window} of the sliding window",
-            got=f"a cache that has dropped {kv_offset} of the {q_offset} before these",
+            # Without lengths, which torch.compile cannot put into a text.
+            expected=f"room for the {window} tokens of the sliding window, or for all that come",
+            got="a cache that has dropped some of them",
             fix="Make the static cache with a larger max_cache_len.",
         )
 

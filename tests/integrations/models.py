@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, StaticCache
 
 from flashcore_ops.integrations import families
@@ -99,6 +99,12 @@ def features_of(family: str) -> list[Feature]:
     model_type, settings = _SETTINGS[family]
     (row,) = [row for row in families.FAMILIES if row.package == model_type.removesuffix("_text")]
     return [feature for feature in row.features if feature != Feature.WINDOW or "sliding_window" in settings]
+
+
+def implementations_of(model: nn.Module) -> list[tuple[int, str]]:
+    """Each module's config, by identity, and its attention implementation."""
+    held = [vars(module)["config"] for module in model.modules() if hasattr(vars(module).get("config"), "to_dict")]
+    return [(id(config), config._attn_implementation) for config in held]
 
 
 def make_batch(kind: str = "single", device: str = "cpu") -> dict[str, Tensor]:
