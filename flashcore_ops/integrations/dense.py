@@ -80,17 +80,24 @@ def dense_attention(
     if not softcap and sinks is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    output = _attend(query * scale, key, value, attention_mask, softcap=softcap, sinks=sinks)
+    output = _attend(query, key, value, attention_mask, scale=scale, softcap=softcap, sinks=sinks)
     return output.transpose(1, 2), None
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, *, softcap: float | None, sinks: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    *,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
-    """`[B, Hq, Q, D]` of a scaled query. A row that sees nothing gives some finite number, as in eager attention."""
+    """`[B, Hq, Q, D]`. A row that sees nothing gives some finite number, as in eager attention."""
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
-    scores = (query @ key.transpose(-1, -2)).float()  # [B, Hq, Q, S]
+    scores = (query @ key.transpose(-1, -2)).float() * scale  # [B, Hq, Q, S]
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     if attention_mask.dtype == torch.bool:

@@ -22,7 +22,15 @@ from flashcore_ops.integrations.capture import is_capturable
 from flashcore_ops.integrations.families import FAMILIES as TABLE
 from flashcore_ops.integrations.families import TESTED_TRANSFORMERS, Family, Feature, family_of
 from flashcore_ops.integrations.transformers import patch_model
-from tests.integrations.models import FAMILIES, FUSED_FAMILIES, ROUTED_FAMILIES, features_of, make_batch, make_model
+from tests.integrations.models import (
+    CAPTURED_FAMILIES,
+    FAMILIES,
+    FUSED_FAMILIES,
+    ROUTED_FAMILIES,
+    features_of,
+    make_batch,
+    make_model,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -81,7 +89,7 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ROUTED_FAMILIES])
+@pytest.mark.parametrize("family", CAPTURED_FAMILIES)
 def test_a_step_that_may_be_captured_reads_nothing_on_the_host(family: str) -> None:
     model, batch = patch_model(make_model(family)), make_batch("left-padded")
     assert is_capturable(model)
