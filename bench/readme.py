@@ -1,4 +1,4 @@
-"""`python -m bench.readme`: writes the tables and plots of README.md from the results files."""
+"""`python -m bench.readme`: writes README.md's tables of results, from their files, and of families, and the plots."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from bench.llama_cases import LlamaCase
 from bench.plots import LABELS, PLOTS, lines_of, markdown_of, write_plots
 from bench.report import figure
 from bench.results import DIRECTORY
+from flashcore_ops.integrations.families import FAMILY_COLUMNS, family_rows
 
 README = Path(__file__).parent.parent / "README.md"
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 ATTENTION = (
     *("flashcore", "flashcore_portable", "sdpa_cudnn", "sdpa_flash", "sdpa_efficient", "sdpa_cudnn_packed"),
     *("sdpa_flash_packed", "flex", "flashinfer_paged", "flashinfer_fa3", "hf_static_cache"),
@@ -207,23 +207,35 @@ def subject_of(case: Json) -> str:
     return f"batch x length; {heads}, {case['dtype']}"
 
 
-def replace_results(text: str, results: str) -> str:
-    """README's text with the part between its markers replaced.
+def render_families() -> str:
+    """The table of families as Markdown."""
+    header, *rows = (f"| {' | '.join(row)} |" for row in (FAMILY_COLUMNS, *family_rows()))
+    return "\n".join([header, "|" + "---|" * len(FAMILY_COLUMNS), *rows])
+
+
+def update(text: str, directory: Path) -> str:
+    """README's text with its tables as the results files under a directory and the table of families have them."""
+    return replace_part(replace_part(text, "families", render_families()), "results", render(directory))
+
+
+def replace_part(text: str, name: str, content: str) -> str:
+    """README's text with the part between the markers of a name replaced.
 
     Raises:
         ValueError: a marker is missing.
 
     Example:
-        >>> replace_results(f"Before\\n{BEGIN}\\nold\\n{END}\\nafter", "new").splitlines()
-        ['Before', '<!-- results:begin -->', '', 'new', '', '<!-- results:end -->', 'after']
+        >>> replace_part("Before\\n<!-- a:begin -->\\nold\\n<!-- a:end -->\\nafter", "a", "new").splitlines()
+        ['Before', '<!-- a:begin -->', '', 'new', '', '<!-- a:end -->', 'after']
     """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"expected {BEGIN} and, after it, {END}; got a text without them")
-    return f"{before}{BEGIN}\n\n{results}\n\n{END}{after}"
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, found_begin, rest = text.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not (found_begin and found_end):
+        raise ValueError(f"expected {begin} and, after it, {end}; got a text without them")
+    return f"{before}{begin}\n\n{content}\n\n{end}{after}"
 
 
 if __name__ == "__main__":
     write_plots(DIRECTORY)
-    README.write_text(replace_results(README.read_text(), render(DIRECTORY)))
+    README.write_text(update(README.read_text(), DIRECTORY))

@@ -16,6 +16,7 @@ from flashcore_ops.functional import (
 )
 from flashcore_ops.integrations.transformers import (
     is_patched,
+    patch_model,
     replace_llama_attention_with_flashcore,
     restore_attention,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "is_patched",
     "linear",
     "make_static_cache",
+    "patch_model",
     "replace_llama_attention_with_flashcore",
     "restore_attention",
     "rope_append_attention",

@@ -58,7 +58,7 @@ def generate(
     device: DeviceOption = "auto",
     compare: Annotated[
         bool,
-        typer.Option("--compare", help="Run Hugging Face's sdpa too and report the first differing token."),
+        typer.Option("--compare", help="Run Hugging Face's own attention too and report the first differing token."),
     ] = False,
 ) -> None:
     """Continue a prompt with a patched Hugging Face model, streaming the text."""
@@ -108,6 +108,17 @@ def validate(
         passed = run_validate(request)
     if not passed:
         raise typer.Exit(code=1)
+
+
+@app.command()
+def models() -> None:
+    """Show the model families that can be patched, and what is used of each."""
+    with plain_errors():
+        from rich.console import Console
+
+        from flashcore_ops.commands.models import render_models
+
+        Console(highlight=False).print(render_models())
 
 
 @app.command()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashcore_ops.integrations.decoder_layer import is_capturable
+from flashcore_ops.integrations.capture import is_capturable
 from flashcore_ops.integrations.plain_stack import decode_logits, is_plain_stack
 
 # One capture at a time, since they share a stream.

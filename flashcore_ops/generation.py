@@ -105,7 +105,8 @@ def stream_tokens(
         int64 `[B]` on the CPU, step by step. A row that has ended repeats its stop token. Ends when all rows have.
 
     Raises:
-        OptionError: max_new_tokens or steps_per_read is below 1, or the model is not patched.
+        OptionError: max_new_tokens or steps_per_read is below 1, the model is not patched, or its rotations would
+            change under way (Phi-3's longrope).
         ShapeError: input_ids is not `[B, T]` with T > 0.
         MaskError: attention_mask is not `[B, T]`, or has padding that is not on the left.
 
@@ -120,6 +121,7 @@ def stream_tokens(
     """
     check_is_patched(model)
     _check_arguments(input_ids, attention_mask, max_new_tokens, steps_per_read)
+    _check_rotations(model, input_ids.shape[1], max_new_tokens)
     stops = torch.tensor(sorted(stop_tokens), dtype=torch.int64)
     return _stream(
         model,
@@ -239,6 +241,24 @@ def _read_ahead(
 def _read(tokens: list[Tensor], event: torch.cuda.Event) -> list[Tensor]:
     event.synchronize()
     return tokens
+
+
+def _check_rotations(model: Any, prompt_len: int, max_new_tokens: int) -> None:
+    """Raises OptionError where Phi-3's longrope would change its frequencies behind the prompt.
+
+    There its own `generate` computes all keys anew, and ours would go on with the old ones.
+    """
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    is_phi = rope.get("rope_type") == "longrope" and hasattr(model.config, "original_max_position_embeddings")
+    limit = model.config.original_max_position_embeddings if is_phi else 0
+    # The last token is not fed back.
+    if prompt_len <= limit < prompt_len + max_new_tokens - 1:
+        raise OptionError.explain(
+            "max_new_tokens",
+            expected=f"at most {limit - prompt_len + 1}, since longrope rotates otherwise past {limit} tokens",
+            got=str(max_new_tokens),
+            fix="Use model.generate, which fills the cache anew there.",
+        )
 
 
 def _check_arguments(

@@ -14,7 +14,7 @@ from torch import nn
 
 from flashcore_ops.decode_step import DecodeStep, make_decode_step
 from flashcore_ops.errors import OptionError
-from flashcore_ops.integrations.decoder_layer import is_capturable
+from flashcore_ops.integrations.capture import is_capturable
 from flashcore_ops.integrations.static_cache import make_static_cache
 from flashcore_ops.integrations.transformers import is_patched
 
@@ -148,7 +148,7 @@ def check_is_patched(model: Any) -> None:
             "model",
             expected="a patched model",
             got=f"a {type(model).__name__} that is not",
-            fix="Call replace_llama_attention_with_flashcore(model) first.",
+            fix="Call patch_model(model) first.",
         )
 
 

@@ -49,7 +49,8 @@ class KVShape:
         return cls(
             num_layers=config.num_hidden_layers,
             num_query_heads=config.num_attention_heads,
-            num_kv_heads=config.num_key_value_heads,
+            # GPT-NeoX has MHA and no name for it.
+            num_kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         )
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flashcore_ops.errors import OptionError
+from flashcore_ops.integrations.families import reference_implementation
 
 if TYPE_CHECKING:
     # It takes seconds to import, which a command's help should not wait for.
@@ -147,7 +148,7 @@ def random_model(config: PreTrainedConfig, dtype: torch.dtype, device: torch.dev
         seed: decides the weights, on one kind of device.
 
     Returns:
-        The model in evaluation mode, with Hugging Face's sdpa attention.
+        The model in evaluation mode, with Hugging Face's sdpa attention, or eager where sdpa leaves out what it uses.
 
     Example:
         >>> config = shape_config("llama-3.2-1b")
@@ -159,5 +160,6 @@ def random_model(config: PreTrainedConfig, dtype: torch.dtype, device: torch.dev
 
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.device(device):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.set_attn_implementation(reference_implementation(type(model)))
     return model.eval()

@@ -12,6 +12,8 @@ import torch
 from flashcore_ops.default_model import DefaultModelError, default_model_path
 from flashcore_ops.errors import MissingDependencyError
 
+# Of every feature that attention has: windows, softcap, sinks, scales.
+GPU_FAMILIES = {"llama", "qwen2-window", "gemma2", "gpt-oss"}
 # A quarter of the time that a kernel takes to compile goes to its line numbers, which no test reads.
 os.environ.setdefault("TRITON_DISABLE_LINE_INFO", "1")
 
@@ -26,6 +28,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     _mark_the_other_dtypes_slow(items)
+    _mark_the_other_families_slow(items)
     if torch.cuda.is_available():
         return
     for item in items:
@@ -49,6 +52,16 @@ def _mark_the_other_dtypes_slow(items: list[pytest.Item]) -> None:
         kept = next((dtype for dtype in (torch.bfloat16, torch.float16) if dtype in dtypes), torch.float32)
         for item, dtype in of_one_test:
             if dtype != kept:
+                item.add_marker(pytest.mark.slow)
+
+
+def _mark_the_other_families_slow(items: list[pytest.Item]) -> None:
+    """A GPU test of all families runs by default for four that have every feature: their attention is one kernel's."""
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        if callspec is not None and item.get_closest_marker("gpu") is not None:
+            family = callspec.params.get("family")
+            if isinstance(family, str) and family not in GPU_FAMILIES:
                 item.add_marker(pytest.mark.slow)
 
 

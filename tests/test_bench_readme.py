@@ -41,8 +41,7 @@ def test_examples() -> None:
 
 def test_the_readme_is_up_to_date() -> None:
     text = readme.README.read_text()
-    expected = readme.replace_results(text, readme.render(DIRECTORY))
-    assert text == expected, "run `python -m bench.readme`"
+    assert text == readme.update(text, DIRECTORY), "run `python -m bench.readme`"
 
 
 def test_tables(tmp_path: Path) -> None:
@@ -119,6 +118,6 @@ def test_no_results(tmp_path: Path) -> None:
 
 def test_markers_are_needed() -> None:
     with pytest.raises(ValueError, match="results:begin"):
-        readme.replace_results("no markers", "new")
+        readme.replace_part("no markers", "results", "new")
     with pytest.raises(ValueError, match="results:end"):
-        readme.replace_results(f"{readme.END} {readme.BEGIN}", "new")
+        readme.replace_part("<!-- results:end --> <!-- results:begin -->", "results", "new")

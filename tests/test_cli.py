@@ -227,7 +227,7 @@ def test_compare_equal_sampling(model_path: Path) -> None:
 @pytest.fixture
 def wrong_token_at_3(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the patched model, and not the restored one, choose the token of "Z" at index 3."""
-    patch, restore = generate.replace_llama_attention_with_flashcore, comparison.restore_attention
+    patch, restore = generate.patch_model, comparison.restore_attention
     handles: list[Any] = []
 
     def patch_wrongly(model: Any) -> Any:
@@ -244,7 +244,7 @@ def wrong_token_at_3(monkeypatch: pytest.MonkeyPatch) -> None:
         handles.pop().remove()
         return restore(model)
 
-    monkeypatch.setattr(generate, "replace_llama_attention_with_flashcore", patch_wrongly)
+    monkeypatch.setattr(generate, "patch_model", patch_wrongly)
     monkeypatch.setattr(comparison, "restore_attention", restore_rightly)
 
 

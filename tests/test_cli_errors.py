@@ -97,8 +97,10 @@ def test_an_unsupported_model_is_refused_without_its_weights(tmp_path: Path) -> 
     assert_expected_inline(
         snapshot([error_line(tmp_path)]),
         """\
-error: model: expected a Llama, Mistral or Qwen2 model of transformers, got
-    GPT2LMHeadModel (model_type 'gpt2'). The model is unchanged: use it as it is.""",
+error: model: expected a Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE, Gemma 2, Gemma
+    3, GPT-NeoX, Phi-3, OLMo 2, GPT-OSS, Granite, Cohere or Cohere 2 model of
+    transformers, got GPT2LMHeadModel (model_type 'gpt2'). The model is unchanged: use it
+    as it is.""",
     )
 
 

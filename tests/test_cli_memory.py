@@ -267,8 +267,10 @@ error: MODEL: expected an existing model directory or a hub id such as owner/nam
     'TMP/missing'. Check the path.
 error: MODEL: expected a directory with a config.json, got TMP, which has none. Pass a
     directory that save_pretrained wrote.
-error: model: expected a Llama, Mistral or Qwen2 model of transformers, got
-    GPT2LMHeadModel (model_type 'gpt2'). The model is unchanged: use it as it is.
+error: model: expected a Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE, Gemma 2, Gemma
+    3, GPT-NeoX, Phi-3, OLMo 2, GPT-OSS, Granite, Cohere or Cohere 2 model of
+    transformers, got GPT2LMHeadModel (model_type 'gpt2'). The model is unchanged: use it
+    as it is.
 error: MODEL TMP/text: expected a config that transformers can load
 error: MODEL TMP/t5.json: expected a causal language model that transformers can build
 error: MODEL TMP/bad.json: expected a config that transformers can load""",

@@ -84,6 +84,7 @@ free_kept_caches
 is_patched
 linear
 make_static_cache
+patch_model
 replace_llama_attention_with_flashcore
 restore_attention
 rope_append_attention

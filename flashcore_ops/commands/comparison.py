@@ -1,4 +1,4 @@
-"""Holds FlashCore's tokens against those of Hugging Face's sdpa."""
+"""Holds FlashCore's tokens against those of Hugging Face's own attention."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class ReferenceChoice(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(1, token[:, None], 0.0)
 
 
-def compare_with_sdpa(
+def compare_with_hugging_face(
     model: PreTrainedModel, inputs: dict[str, Tensor], decoding: Decoding, tokens: list[int]
 ) -> Difference | None:
     """Restores the model, generates again with Hugging Face's own loop, and returns where `tokens` part from it.
@@ -84,15 +84,16 @@ def describe_comparison(
     *,
     num_tokens: int,
     decoding: str,
+    reference: str,
 ) -> str:
-    """One line: where FlashCore and sdpa part, or that they do not."""
-    subject = f"first token that differs from Hugging Face sdpa ({decoding})"
+    """One line: where FlashCore and the reference, sdpa or eager, part, or that they do not."""
+    subject = f"first token that differs from Hugging Face {reference} ({decoding})"
     if difference is None:
         return f"{subject}: none: {count_of(num_tokens, 'token')} equal"
     ours, theirs = (
         f"{tokenizer.decode([token])!r} ({token})" for token in (difference.token, difference.reference_token)
     )
     return (
-        f"{subject}: index {difference.index} of {num_tokens}: flashcore {ours}, sdpa {theirs}; "
-        f"gap between sdpa's top two logits there: {difference.reference_gap:.3g}"
+        f"{subject}: index {difference.index} of {num_tokens}: flashcore {ours}, {reference} {theirs}; "
+        f"gap between {reference}'s top two logits there: {difference.reference_gap:.3g}"
     )

@@ -1,4 +1,4 @@
-"""`flashcore generate`: patch a model, stream its text, and hold it against Hugging Face's sdpa."""
+"""`flashcore generate`: patch a model, stream its text, and hold it against Hugging Face's own attention."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flashcore_ops import replace_llama_attention_with_flashcore, warmup
+from flashcore_ops import patch_model, warmup
 from flashcore_ops.checks import dtype_name
-from flashcore_ops.commands.comparison import compare_with_sdpa, describe_comparison
+from flashcore_ops.commands.comparison import compare_with_hugging_face, describe_comparison
 from flashcore_ops.commands.console import count_of, stage, stderr_console
 from flashcore_ops.commands.loading import check_model_name, load_model, resolve_device, resolve_dtype
 from flashcore_ops.commands.peak_memory import peak_memory, start_peak_memory
@@ -22,6 +22,7 @@ from flashcore_ops.commands.request import Decoding, GenerateRequest, ignored_se
 from flashcore_ops.commands.streaming import TextWriter, TimedTokens, Timing
 from flashcore_ops.default_model import default_model_path
 from flashcore_ops.errors import DeviceError, OptionError
+from flashcore_ops.integrations.families import reference_implementation
 
 
 def run_generate(request: GenerateRequest) -> bool:
@@ -66,7 +67,7 @@ def generate_and_compare(request: GenerateRequest, *, device: torch.device, dtyp
     # A download from the hub draws its own progress bars.
     with stage(console, "Loading the model") if Path(name).is_dir() else nullcontext():
         model, tokenizer = load_model(name, dtype=dtype, device=device)
-        replace_llama_attention_with_flashcore(model)
+        patch_model(model)
     inputs = encode_prompt(tokenizer, request.prompt, device=device)
     decoding = Decoding.of(request, model.generation_config)
     if ignored := ignored_settings(model.generation_config):
@@ -86,9 +87,13 @@ def generate_and_compare(request: GenerateRequest, *, device: torch.device, dtyp
     if not request.compare:
         return True
 
-    with stage(console, "Generating with Hugging Face sdpa"):
-        difference = compare_with_sdpa(model, inputs, decoding, tokens)
-    console.print(describe_comparison(difference, tokenizer, num_tokens=len(tokens), decoding=str(decoding)))
+    reference = reference_implementation(type(model))
+    with stage(console, f"Generating with Hugging Face {reference}"):
+        difference = compare_with_hugging_face(model, inputs, decoding, tokens)
+    comparison = describe_comparison(
+        difference, tokenizer, num_tokens=len(tokens), decoding=str(decoding), reference=reference
+    )
+    console.print(comparison)
     if difference is None:
         return True
     if dtype == torch.float32:

@@ -31,7 +31,8 @@ from transformers import (
 
 from flashcore_ops.errors import DeviceError, DtypeError, OptionError, first_line
 from flashcore_ops.hub import is_hub_id
-from flashcore_ops.integrations.families import check_model
+from flashcore_ops.integrations.families import reference_implementation
+from flashcore_ops.integrations.model_checks import check_model
 from flashcore_ops.model_shapes import SHAPES, shape_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -117,7 +118,7 @@ def check_model_name(name: str) -> None:
 def load_model(
     name: str, *, dtype: torch.dtype, device: torch.device
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads a causal language model with Hugging Face's sdpa attention, and its tokenizer.
+    """Loads a causal language model with Hugging Face's attention that it is held against, and its tokenizer.
 
     Raises:
         OptionError: if there is no such model or transformers cannot load it.
@@ -132,8 +133,9 @@ def load_model(
     check_model(outline.eval())
     with load_errors(name, expected="a tokenizer that transformers can load"):
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    reference = reference_implementation(type(outline))
     with load_errors(name, expected="weights that transformers can load"):
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa", **options)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=reference, **options)
     return model.to(device).eval(), tokenizer
 
 

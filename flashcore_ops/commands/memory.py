@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 from flashcore_ops.commands.byte_sizes import GpuMemory, parse_bytes, resolve_gpu_memory
 from flashcore_ops.commands.loading import load_config, load_errors
 from flashcore_ops.errors import OptionError
-from flashcore_ops.integrations.families import check_model
+from flashcore_ops.integrations.model_checks import check_model
 from flashcore_ops.kv_memory import KVShape, cache_room, weight_bytes
 from flashcore_ops.model_shapes import random_model
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from flashcore_ops.errors import MaskError, OptionError, UnsupportedModelError
 from flashcore_ops.integrations.dense import dense_attention
 
+# Fused layers serve none of them; `fcore_attention` has the first two as arguments of its own.
 _UNSERVED_FEATURES = ("softcap", "s_aux", "position_bias")
 
 
@@ -22,6 +23,8 @@ def fcore_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -36,6 +39,8 @@ def fcore_attention(
         dropout: must be 0.
         scaling: factor on the scores, None for `D ** -0.5`.
         sliding_window: in tokens, None for none.
+        softcap: bound c of the scores, which become `c * tanh(score / c)`; None for none.
+        s_aux: sinks `[Hq]`, a score of each head that joins the softmax's denominator only; None for none.
         is_causal: overrides the layer's own; must not be False unless attention_mask is dense.
 
     Returns:
@@ -60,7 +65,9 @@ def fcore_attention(
     if attention_mask is not None and not isinstance(attention_mask, Tensor):
         raise _mask_error(f"a {type(attention_mask).__name__}")
     if attention_mask is not None and attention_mask.dtype != torch.int32:
-        return dense_attention(module, query, key, value, attention_mask, scaling)
+        return dense_attention(
+            *(module, query, key, value, attention_mask), scaling=scaling, softcap=softcap, sinks=s_aux
+        )
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise OptionError.explain(
             "is_causal",
@@ -78,8 +85,8 @@ def fcore_attention(
     if attention_mask is not None and attention_mask.shape != (query.shape[0], 1, 1, 2):
         raise _mask_error(f"int32 {list(attention_mask.shape)}")
     kv_range = None if attention_mask is None else attention_mask[:, 0, 0]
-    window = 0 if sliding_window is None else sliding_window
-    output = torch.ops.flashcore.attention(query, key, value, kv_range, scaling, True, window)
+    options = (scaling, True, sliding_window or 0, softcap or 0.0, s_aux)
+    output = torch.ops.flashcore.attention(query, key, value, kv_range, *options)
     return output.transpose(1, 2), None
 
 
@@ -105,7 +112,7 @@ def check_options(dropout: float, kwargs: dict[str, Any]) -> None:
                 name,
                 expected="None",
                 got="a layer that uses it",
-                fix="Patch only models that replace_llama_attention_with_flashcore accepts.",
+                fix="Patch only models that patch_model accepts.",
             )
 
 

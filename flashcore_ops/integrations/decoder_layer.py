@@ -284,19 +284,3 @@ def is_hooked(module: nn.Module) -> bool:
         return False
     # transformers leaves its recorders in place after a call that asked for attention weights or hidden states.
     return any(getattr(hook, "__name__", "") != "output_capturing_hook" for hook in own["_forward_hooks"].values())
-
-
-def is_capturable(model: nn.Module) -> bool:
-    """Whether a step always runs the same kernels: an adapter, say, can be switched off between two calls."""
-    return not any(
-        type(module).__module__.partition(".")[0] not in ("torch", "transformers", "flashcore_ops")
-        or is_hooked(module)
-        or chooses_frequencies(module)
-        for module in model.modules()
-    ) and all(type(weight) in (Tensor, nn.Parameter) for weight in model.parameters())
-
-
-def chooses_frequencies(module: nn.Module) -> bool:
-    """Whether a rotary embedding chooses its frequencies on the host, by the positions of each call."""
-    rope_type = str(getattr(module, "rope_type", ""))
-    return "dynamic" in rope_type or rope_type == "longrope"

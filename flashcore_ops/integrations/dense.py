@@ -1,6 +1,7 @@
 """The dense path: masks that no `kv_range` can express go to Hugging Face's own sdpa, boolean mask and all.
 
-It is exact and slow: the mask takes B * Q * S bytes and no kernel of ours runs. One warning a reason says so.
+It is exact and slow: the mask takes B * Q * S bytes and no kernel of ours runs. One warning a reason says so. Softcap
+and sinks, which torch's SDPA does not know, are computed here with every score in memory.
 """
 
 from __future__ import annotations
@@ -47,9 +48,12 @@ def dense_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor,
+    *,
     scaling: float | None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, None]:
-    """Attention under any 4-D mask, as Hugging Face's sdpa computes it.
+    """Attention under any 4-D mask, as Hugging Face's sdpa computes it, or its eager if there are softcap or sinks.
 
     Args:
         module: the layer that asks.
@@ -58,6 +62,8 @@ def dense_attention(
         attention_mask: broadcastable to `[B, Hq, Q, S]`; uint8 made by `create_dense_mask`, or a user's own:
             bool (True may be seen) or of query's dtype (added to the scores).
         scaling: factor on the scores, None for `D ** -0.5`.
+        softcap: bound of the scores before the mask, None for none.
+        sinks: `[Hq]`, a score of each head that joins the denominator only, None for none.
 
     Returns:
         `[B, Q, Hq, D]` and None.
@@ -71,7 +77,37 @@ def dense_attention(
     else:
         _check_dtype(attention_mask, query)
         warn_dense_path("a 4-D attention mask was passed")
-    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
+    if not softcap and sinks is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    output = _attend(query, key, value, attention_mask, scale=scale, softcap=softcap, sinks=sinks)
+    return output.transpose(1, 2), None
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    *,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """`[B, Hq, Q, D]`. A row that sees nothing gives some finite number, as in eager attention."""
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+    scores = (query @ key.transpose(-1, -2)).float() * scale  # [B, Hq, Q, S]
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    else:
+        scores = scores + attention_mask
+    if sinks is not None:
+        column = sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat((scores, column), dim=-1)
+    return scores.softmax(dim=-1)[..., : key.shape[2]].to(value.dtype) @ value
 
 
 def _check_dtype(attention_mask: Tensor, query: Tensor) -> None:

@@ -1,107 +1,124 @@
-"""The model families that can be patched, as data, and the checks that refuse every other model by name."""
+"""The model families that can be patched, as data: what decides whether a model is served, and what the docs say."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from enum import Enum
 
-from torch import nn
-from transformers import PreTrainedModel
+TESTED_TRANSFORMERS = "5.17.0"
 
-from flashcore_ops.checks import HEAD_DIM_RULE, SUPPORTED_DTYPES, dtype_name, is_supported_head_dim
-from flashcore_ops.errors import DtypeError, UnsupportedModelError
+
+class Feature(Enum):
+    """What sets a family apart from plain causal attention in layers that run as they are."""
+
+    WINDOW = "window"
+    SOFTCAP = "softcap"
+    SINKS = "sinks"
+    SCALE = "own scale"
+    EXPERTS = "mixture of experts"
+    FUSED = "fused layers"
+
+
+# What the attention op is told beyond keys, values and lengths.
+_OF_ATTENTION = (Feature.WINDOW, Feature.SOFTCAP, Feature.SINKS, Feature.SCALE)
 
 
 @dataclass(frozen=True)
 class Family:
-    """A model family: its name, and whether its layers take a sliding window."""
+    """A model family.
+
+    Attributes:
+        name: as its makers write it.
+        package: its part of transformers.models.
+        prefix: of the names of its classes.
+        features: what its models may use. A model that uses another is refused.
+        models: what it is released as, where that says more.
+    """
 
     name: str
-    has_window: bool
+    package: str
+    prefix: str
+    features: tuple[Feature, ...] = ()
+    models: str = ""
+
+    @property
+    def base_class(self) -> str:
+        """The base class of all models of the family, so that each head (causal LM, classification) is covered."""
+        return f"transformers.models.{self.package}.modeling_{self.package}.{self.prefix}PreTrainedModel"
+
+    @property
+    def title(self) -> str:
+        """Its name, and what it is released as."""
+        return f"{self.name} ({self.models})" if self.models else self.name
+
+    @property
+    def attention(self) -> str:
+        """What its attention uses, in words."""
+        return ", ".join(feature.value for feature in _OF_ATTENTION if feature in self.features) or "plain causal"
+
+    @property
+    def decode_step(self) -> str:
+        """What a decode step runs, and whether a CUDA graph may hold it, in words."""
+        layers = "fused layers" if Feature.FUSED in self.features else "own layers"
+        # The host may choose how the experts' products run, by the tokens that each of them gets.
+        return layers if Feature.EXPERTS in self.features else f"{layers}, CUDA graph"
 
 
-# By the base class of all models of the family, so that each head (causal LM, classification) is covered.
-FAMILIES = {
-    "transformers.models.llama.modeling_llama.LlamaPreTrainedModel": Family("Llama", has_window=False),
-    "transformers.models.mistral.modeling_mistral.MistralPreTrainedModel": Family("Mistral", has_window=True),
-    "transformers.models.qwen2.modeling_qwen2.Qwen2PreTrainedModel": Family("Qwen2", has_window=True),
-}
+FAMILIES = (
+    Family("Llama", "llama", "Llama", (Feature.FUSED,), models="2, 3, 3.1, 3.2"),
+    Family("Mistral", "mistral", "Mistral", (Feature.WINDOW, Feature.FUSED)),
+    Family("Mixtral", "mixtral", "Mixtral", (Feature.WINDOW, Feature.EXPERTS)),
+    Family("Qwen2", "qwen2", "Qwen2", (Feature.WINDOW, Feature.FUSED), models="2 and 2.5"),
+    Family("Qwen3", "qwen3", "Qwen3", (Feature.WINDOW,)),
+    Family("Qwen3-MoE", "qwen3_moe", "Qwen3Moe", (Feature.WINDOW, Feature.EXPERTS)),
+    Family("Gemma 2", "gemma2", "Gemma2", (Feature.WINDOW, Feature.SOFTCAP, Feature.SCALE)),
+    Family("Gemma 3", "gemma3", "Gemma3", (Feature.WINDOW, Feature.SCALE)),
+    Family("GPT-NeoX", "gpt_neox", "GPTNeoX"),
+    Family("Phi-3", "phi3", "Phi3", (Feature.WINDOW,)),
+    Family("OLMo 2", "olmo2", "Olmo2"),
+    Family("GPT-OSS", "gpt_oss", "GptOss", (Feature.WINDOW, Feature.SINKS, Feature.EXPERTS)),
+    Family("Granite", "granite", "Granite", (Feature.SCALE,)),
+    Family("Cohere", "cohere", "Cohere", models="Command R"),
+    Family("Cohere 2", "cohere2", "Cohere2", (Feature.WINDOW,), models="Command R7B"),
+)
+
+_BY_BASE_CLASS = {family.base_class: family for family in FAMILIES}
 
 
-def check_model(model: nn.Module) -> None:
-    """Raises a typed error unless every transformers model in `model` can be served with its settings.
+def family_of(model_class: type) -> Family | None:
+    """The family of a transformers model, by its class.
 
-    A wrapper such as PEFT's is served if what it wraps is.
-
-    Raises:
-        UnsupportedModelError: an unknown family, or a setting that is not served.
-        DtypeError: weights of an unsupported dtype.
+    Example:
+        >>> from transformers import Gemma2ForCausalLM, T5Model
+        >>> family_of(Gemma2ForCausalLM).attention, family_of(T5Model)
+        ('window, softcap, own scale', None)
     """
-    hosts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    if not hosts:
-        raise _unsupported("model", expected=f"a {_names()} model of transformers", got=type(model).__name__)
-    for host in hosts:
-        _check_settings(host, _family_of(host))
-        _check_dtype(host)
+    names = (f"{base.__module__}.{base.__qualname__}" for base in model_class.__mro__)
+    return next((_BY_BASE_CLASS[name] for name in names if name in _BY_BASE_CLASS), None)
 
 
-def _names() -> str:
-    *first, last = (family.name for family in FAMILIES.values())
-    return f"{', '.join(first)} or {last}"
+def reference_implementation(model_class: type) -> str:
+    """Hugging Face's attention that computes all a model uses: sdpa, or eager for softcap and sinks.
+
+    Example:
+        >>> from transformers import GptOssForCausalLM, LlamaForCausalLM
+        >>> reference_implementation(LlamaForCausalLM), reference_implementation(GptOssForCausalLM)
+        ('sdpa', 'eager')
+    """
+    family = family_of(model_class)
+    unknown_to_sdpa = {Feature.SOFTCAP, Feature.SINKS}
+    return "sdpa" if family is None or unknown_to_sdpa.isdisjoint(family.features) else "eager"
 
 
-def _family_of(host: PreTrainedModel) -> Family:
-    for base in type(host).__mro__:
-        if family := FAMILIES.get(f"{base.__module__}.{base.__qualname__}"):
-            return family
-    got = f"{type(host).__name__} (model_type {host.config.model_type!r})"
-    raise _unsupported("model", expected=f"a {_names()} model of transformers", got=got)
+FAMILY_COLUMNS = ("family", "attention", "decode step")
 
 
-def _check_settings(host: PreTrainedModel, family: Family) -> None:
-    config: Any = host.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if not is_supported_head_dim(head_dim):
-        raise _unsupported("head_dim", expected=HEAD_DIM_RULE, got=str(head_dim))
-    if host.training and config.attention_dropout > 0:
-        raise _unsupported(
-            "attention_dropout",
-            expected="0 in training mode",
-            got=str(config.attention_dropout),
-            fix="Call model.eval(): FlashCore is for inference.",
-        )
-    if config.output_attentions:
-        raise _unsupported(
-            "output_attentions",
-            expected="False, since no attention weights are kept",
-            got="True",
-            fix="Set model.config.output_attentions = False.",
-        )
-    # With a window of 1, transformers' sliding cache keeps every token, at slots that its mask does not tell.
-    window = getattr(config, "sliding_window", None)
-    if window is not None and (not family.has_window or window < 2):
-        expected = "None or at least 2" if family.has_window else f"None for the {family.name} family"
-        raise _unsupported("sliding_window", expected=expected, got=str(window))
-    kinds = {"full_attention", "sliding_attention"} if family.has_window else {"full_attention"}
-    if others := sorted(set(getattr(config, "layer_types", None) or ()) - kinds):
-        raise _unsupported("layer_types", expected=" and ".join(sorted(kinds)), got=", ".join(others))
-    if getattr(config, "attention_chunk_size", None) is not None:
-        raise _unsupported("attention_chunk_size", expected="None", got=str(config.attention_chunk_size))
+def family_rows() -> Iterable[tuple[str, ...]]:
+    """The table of families as `flashcore models` and the README show it, a row for each under FAMILY_COLUMNS.
 
-
-def _check_dtype(host: PreTrainedModel) -> None:
-    # The embeddings set the dtype of the hidden states; quantized layers compute in it, whatever they store.
-    dtype = host.get_input_embeddings().weight.dtype
-    if dtype not in SUPPORTED_DTYPES:
-        raise DtypeError.explain(
-            "model",
-            expected="float16, bfloat16 or float32",
-            got=dtype_name(dtype),
-            fix="Cast it with model.to(torch.bfloat16).",
-        )
-
-
-def _unsupported(
-    subject: str, *, expected: str, got: str, fix: str = "The model is unchanged: use it as it is."
-) -> UnsupportedModelError:
-    return UnsupportedModelError.explain(subject, expected=expected, got=got, fix=fix)
+    Example:
+        >>> next(iter(family_rows()))
+        ('Llama (2, 3, 3.1, 3.2)', 'plain causal', 'fused layers, CUDA graph')
+    """
+    return ((family.title, family.attention, family.decode_step) for family in FAMILIES)

@@ -21,7 +21,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
 from flashcore_ops.decode_step import DecodeStep
-from flashcore_ops.integrations.decoder_layer import is_capturable
+from flashcore_ops.integrations.capture import is_capturable
 from flashcore_ops.integrations.transformers import is_patched
 from flashcore_ops.kept_steps import capacity_for, kept_steps
 

@@ -22,7 +22,7 @@ from transformers.masking_utils import (
 )
 from transformers.utils.import_utils import is_tracing
 
-from flashcore_ops.errors import MaskError
+from flashcore_ops.errors import CapacityError, MaskError
 from flashcore_ops.integrations.dense import create_dense_mask
 from flashcore_ops.integrations.static_cache import check_capacity
 
@@ -70,8 +70,9 @@ def create_fcore_mask(
 
     Raises:
         MaskError: attention_mask is not `[B, L]`.
-        CapacityError: the tokens do not fit into the static cache, where the host knows its length. transformers asks
-            for the mask before it writes to the cache, so nothing is lost.
+        CapacityError: the tokens do not fit into the static cache, where the host knows its length, or a static cache
+            shorter than the window has dropped tokens that the window still shows. transformers asks for the mask
+            before it writes to the cache, so nothing is lost.
 
     Source: transformers.masking_utils.sdpa_mask, whose arguments these are.
 
@@ -91,6 +92,7 @@ def create_fcore_mask(
     content = {"mask_function": mask_function, "attention_mask": attention_mask, "use_vmap": use_vmap}
     plain = causal_mask_function if local_size is None else sliding_window_causal_mask_function(local_size)
     is_traced = is_tracing(attention_mask)
+    _check_window(q_offset, kv_offset, local_size)
     if use_vmap or not (is_traced or _is_same_function(mask_function, plain)):
         return create_dense_mask(NOT_CAUSAL, **place, **content)
     if is_traced and mask_function is not causal_mask_function:
@@ -157,6 +159,20 @@ def _assert_same_mask(
     )
     is_same = (mask_function(*indices) == plain(*indices)).all()
     torch._assert_async(is_same, f"flashcore: {NOT_CAUSAL}. {_FIX}")
+
+
+def _check_window(q_offset: int | Tensor, kv_offset: int, window: int | None) -> None:
+    # Only layers that drop tokens have an offset, and those count on the host.
+    if window is None or kv_offset == 0 or isinstance(q_offset, Tensor):
+        return
+    if kv_offset > max(0, q_offset - window + 1):
+        raise CapacityError.explain(
+            "past_key_values",
+            # Without lengths, which torch.compile cannot put into a text.
+            expected=f"room for the {window} tokens of the sliding window, or for all that come",
+            got="a cache that has dropped some of them",
+            fix="Make the static cache with a larger max_cache_len.",
+        )
 
 
 def _check_capacity(end: int | Tensor, q_length: int, kv_length: int) -> None:

@@ -15,9 +15,9 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaMode
 from transformers.models.mistral.modeling_mistral import MistralForCausalLM, MistralModel, MistralRotaryEmbedding
 from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM, Qwen2Model, Qwen2RotaryEmbedding
 
+from flashcore_ops.integrations.capture import chooses_frequencies
 from flashcore_ops.integrations.decoder_layer import (
     FlashCoreDecoderLayer,
-    chooses_frequencies,
     is_bypassable,
     is_hooked,
     project_normed,

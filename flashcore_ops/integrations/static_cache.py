@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, StaticLayer
 
 from flashcore_ops.errors import CapacityError, DeviceError, OptionError
+from flashcore_ops.kv_memory import KVShape
 
 
 class SharedLengthLayer(StaticLayer):
@@ -101,30 +102,29 @@ def make_static_cache(model: PreTrainedModel, batch_size: int, max_cache_len: in
             got=", ".join(sorted(map(str, devices))),
             fix="Load the model without device_map, or use a DynamicCache.",
         )
-    config: PreTrainedConfig = model.config.get_text_config(decoder=True)
+    shape = KVShape.of(model.config.get_text_config(decoder=True))
     dtype, device = model.get_input_embeddings().weight.dtype, devices.pop()
     # Tensors made under inference_mode could not be written outside it, in a graph or a later call.
     with torch.inference_mode(False):
         length = torch.zeros((), dtype=torch.int64, device=device)
         layers = [
             SharedLengthLayer(
-                *_allocate_slots(config, batch_size, max_cache_len, dtype=dtype, device=device),
+                *_allocate_slots(shape, batch_size, max_cache_len, dtype=dtype, device=device),
                 length=length,
                 is_first=index == 0,
             )
-            for index in range(config.num_hidden_layers)
+            for index in range(shape.num_layers)
         ]
     torch._dynamo.mark_static_address(length)
     return Cache(layers=layers)
 
 
 def _allocate_slots(
-    config: Any, batch_size: int, max_cache_len: int, *, dtype: torch.dtype, device: torch.device
+    shape: KVShape, batch_size: int, max_cache_len: int, *, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Keys and values, two tensors of fixed address: CUDA graphs may then write to them."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    shape = (batch_size, config.num_key_value_heads, max_cache_len, head_dim)
-    keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+    sizes = (batch_size, shape.num_kv_heads, max_cache_len, shape.head_dim)
+    keys, values = (torch.zeros(sizes, dtype=dtype, device=device) for _ in range(2))
     torch._dynamo.mark_static_address(keys)
     torch._dynamo.mark_static_address(values)
     return keys, values

@@ -16,8 +16,8 @@ _ORIGINAL_CONFIG = "_flashcore_original_config"
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def replace_llama_attention_with_flashcore(model: Model) -> Model:
-    """Makes the attention of one Llama, Mistral or Qwen2 model run on FlashCore.
+def patch_model(model: Model) -> Model:
+    """Makes the attention of one model run on FlashCore; `flashcore models` prints the families that are served.
 
     The model and its submodules get a private copy of their config, so models made from the same config object,
     and copies made before, stay as they are. Nothing of it is saved with the model. Calls need
@@ -41,12 +41,12 @@ def replace_llama_attention_with_flashcore(model: Model) -> Model:
         >>> from transformers import LlamaConfig, LlamaModel
         >>> sizes = dict(vocab_size=64, hidden_size=64, intermediate_size=64, num_attention_heads=4)
         >>> model = LlamaModel(LlamaConfig(num_hidden_layers=1, **sizes))
-        >>> is_patched(replace_llama_attention_with_flashcore(model))
+        >>> is_patched(patch_model(model))
         True
     """
     from flashcore_ops.integrations.decoder_layer import fuse_modules
-    from flashcore_ops.integrations.families import check_model
     from flashcore_ops.integrations.generate import keep_generation
+    from flashcore_ops.integrations.model_checks import check_model
 
     if any(_ORIGINAL_CONFIG in vars(module) for module in model.modules()):
         raise OptionError.explain(
@@ -68,8 +68,12 @@ def replace_llama_attention_with_flashcore(model: Model) -> Model:
     return model
 
 
+# What the call is named where users know it from; it serves every family too.
+replace_llama_attention_with_flashcore = patch_model
+
+
 def restore_attention(model: Model) -> Model:
-    """Undoes `replace_llama_attention_with_flashcore`: each module gets back the very config that it had.
+    """Undoes `patch_model`: each module gets back the very config that it had.
 
     Settings that were changed on `model.config` in between belong to the private copy and go with it. Waits for
     generations on kept caches that are under way in other threads, open iterators of `stream_tokens` among them.
@@ -87,7 +91,7 @@ def restore_attention(model: Model) -> Model:
         >>> from transformers import LlamaConfig, LlamaModel
         >>> sizes = dict(vocab_size=64, hidden_size=64, intermediate_size=64, num_attention_heads=4)
         >>> config = LlamaConfig(num_hidden_layers=1, **sizes)
-        >>> model = replace_llama_attention_with_flashcore(LlamaModel(config))
+        >>> model = patch_model(LlamaModel(config))
         >>> restore_attention(model).config is config
         True
     """
@@ -115,7 +119,7 @@ def restore_attention(model: Model) -> Model:
 
 
 def is_patched(model: nn.Module) -> bool:
-    """Whether the model's attention runs on FlashCore by `replace_llama_attention_with_flashcore`.
+    """Whether the model's attention runs on FlashCore by `patch_model`.
 
     Example:
         >>> is_patched(nn.Linear(1, 1))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from flashcore_ops import make_static_cache, replace_llama_attention_with_flashcore, restore_attention
+from flashcore_ops import make_static_cache, patch_model, restore_attention
 from flashcore_ops.decode_step import make_decode_step
 from flashcore_ops.generation import prefill, stream_tokens
 from flashcore_ops.kept_steps import capacity_for
@@ -104,7 +104,7 @@ class Comparison:
 @contextmanager
 def patched(subject: Subject) -> Iterator[Any]:
     """The subject's model on FlashCore, and on sdpa again afterwards. A GPU's peak memory counts from here."""
-    model = replace_llama_attention_with_flashcore(subject.model)
+    model = patch_model(subject.model)
     if subject.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(subject.device)
     try:

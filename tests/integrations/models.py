@@ -6,17 +6,12 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    StaticCache,
-)
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, StaticCache
+
+from flashcore_ops.integrations import families
+from flashcore_ops.integrations.families import Feature
+from tests.integrations.oracle import use_oracle
 
 WINDOW = 8
 PROMPT_LEN = 13  # longer than the window
@@ -35,26 +30,82 @@ _COMMON: dict[str, Any] = {
 }
 _4_TO_2 = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
 _7_TO_1 = {"hidden_size": 112, "num_attention_heads": 7, "num_key_value_heads": 1}
-_BUILDERS: dict[str, Any] = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**_COMMON, **_4_TO_2)),
-    "mistral": lambda: MistralForCausalLM(MistralConfig(**_COMMON, **_4_TO_2, sliding_window=WINDOW)),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_COMMON, **_7_TO_1)),
-    "qwen2-window": lambda: Qwen2ForCausalLM(
-        Qwen2Config(**_COMMON, **_7_TO_1, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1)
-    ),
+_MHA = {"hidden_size": 64, "num_attention_heads": 4}
+_SLIDING = {"sliding_window": WINDOW}
+_ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"], **_SLIDING}
+_OWN_WINDOW = {"use_sliding_window": True, **_SLIDING}
+_ROUTED = {"num_experts_per_tok": 2, "num_local_experts": 4}
+# Head dim 256 is Gemma's own. Tied embeddings as large as Gemma's would make each token its own successor.
+_GEMMA = {"head_dim": 256, "query_pre_attn_scalar": 16, "tie_word_embeddings": False}
+_YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
+
+# By the name of a test's case: the family's model_type and its settings.
+_SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", _4_TO_2),
+    "mistral": ("mistral", _4_TO_2 | _SLIDING),
+    "qwen2": ("qwen2", _7_TO_1),
+    "qwen2-window": ("qwen2", _7_TO_1 | _OWN_WINDOW | {"max_window_layers": 1}),
+    "mixtral": ("mixtral", _4_TO_2 | _SLIDING | _ROUTED),
+    "qwen3": ("qwen3", _4_TO_2 | _OWN_WINDOW | {"max_window_layers": 1, "head_dim": 32}),
+    "qwen3-moe": ("qwen3_moe", _4_TO_2 | _OWN_WINDOW | _ROUTED | {"num_experts": 4, "moe_intermediate_size": 32}),
+    # The scores are small, and a softcap bends only what comes near it.
+    "gemma2": ("gemma2", _4_TO_2 | _ALTERNATING | _GEMMA | {"attn_logit_softcapping": 5.0}),
+    "gemma3": ("gemma3_text", _4_TO_2 | _ALTERNATING | _GEMMA),
+    "gpt-neox": ("gpt_neox", _MHA | {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}}),
+    "phi3": ("phi3", _4_TO_2 | _SLIDING | {"resid_pdrop": 0.0}),
+    "olmo2": ("olmo2", _4_TO_2),
+    "gpt-oss": ("gpt_oss", _4_TO_2 | _ALTERNATING | _ROUTED | {"head_dim": 16, "rope_parameters": _YARN}),
+    "granite": ("granite", _4_TO_2 | {"attention_multiplier": 0.1}),
+    "cohere": ("cohere", _4_TO_2 | {"use_qk_norm": True}),
+    "cohere2": ("cohere2", _4_TO_2 | _ALTERNATING),
 }
-FAMILIES = tuple(_BUILDERS)
+FAMILIES = tuple(_SETTINGS)
+FUSED_FAMILIES = ("llama", "mistral", "qwen2", "qwen2-window")
+ROUTED_FAMILIES = ("mixtral", "qwen3-moe", "gpt-oss")
+CAPTURED_FAMILIES = tuple(name for name in FAMILIES if name not in ROUTED_FAMILIES)
+WINDOW_FAMILIES = tuple(name for name, (_, settings) in _SETTINGS.items() if "sliding_window" in settings)
+# torch's SDPA knows neither softcap nor sinks.
+_EAGER_FAMILIES = ("gemma2", "gpt-oss")
+# What a family's models are held against: Hugging Face's implementations that compute all it uses.
+REFERENCES = [
+    (family, implementation)
+    for family in FAMILIES
+    for implementation in ("sdpa", "eager")
+    if implementation == "eager" or family not in _EAGER_FAMILIES
+]
 CACHES = ("dynamic", "static")
 BATCHES = ("single", "left-padded")
 
 
-def make_model(family: str = "llama", device: str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A two-layer causal LM that runs on Hugging Face's sdpa; every call gives the same weights."""
+def make_model(
+    family: str = "llama",
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    implementation: str | None = None,
+) -> PreTrainedModel:
+    """A two-layer causal LM; every call gives the same weights.
+
+    Unless told otherwise it runs on Hugging Face's sdpa, or on eager where sdpa leaves out what the family uses.
+    """
+    model_type, settings = _SETTINGS[family]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = _BUILDERS[family]()
-    model.set_attn_implementation("sdpa")
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(_COMMON | settings)))
+    model.set_attn_implementation(implementation or ("eager" if family in _EAGER_FAMILIES else "sdpa"))
     return model.to(device=device, dtype=dtype).eval()
+
+
+def features_of(family: str) -> list[Feature]:
+    """What the table of families says that this one uses, and its model here does."""
+    model_type, settings = _SETTINGS[family]
+    (row,) = [row for row in families.FAMILIES if row.package == model_type.removesuffix("_text")]
+    return [feature for feature in row.features if feature != Feature.WINDOW or "sliding_window" in settings]
+
+
+def implementations_of(model: nn.Module) -> list[tuple[int, str]]:
+    """Each module's config, by identity, and its attention implementation."""
+    held = [vars(module)["config"] for module in model.modules() if hasattr(vars(module).get("config"), "to_dict")]
+    return [(id(config), config._attn_implementation) for config in held]
 
 
 def make_batch(kind: str = "single", device: str = "cpu") -> dict[str, Tensor]:
@@ -81,10 +132,14 @@ def static_cache(model: PreTrainedModel, max_cache_len: int = 40) -> StaticCache
 
 
 def error_bar(model: PreTrainedModel, logits: Tensor, **inputs: Any) -> tuple[Tensor, float]:
-    """First output of the float64 model, and how far a kernel's may be from them.
+    """First output of the float64 model, and how far a kernel's may be from it.
 
-    Twice the error of Hugging Face's sdpa in the model's dtype, and eight roundings of the largest logit.
+    Twice the error of Hugging Face's logits in the model's dtype, and eight roundings of the largest logit.
     """
-    exact = copy.deepcopy(model).double()(**inputs)[0]
-    sdpa_error = (logits.double() - exact).abs().max().item()
-    return exact, 2 * sdpa_error + 8 * torch.finfo(logits.dtype).eps * exact.abs().max().item()
+    exact = use_oracle(copy.deepcopy(model).double())(**inputs)[0]
+    error = (logits.double() - exact).abs()
+    mask = inputs.get("attention_mask")
+    if mask is not None and error.shape[:2] == mask.shape:
+        # What stands in rows of padding has no meaning.
+        error = error[mask.bool()]
+    return exact, 2 * error.max().item() + 8 * torch.finfo(logits.dtype).eps * exact.abs().max().item()

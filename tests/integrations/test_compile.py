@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from flashcore_ops.errors import OptionError
 from flashcore_ops.integrations.transformers import replace_llama_attention_with_flashcore as patch
 from flashcore_ops.integrations.transformers import restore_attention
-from tests.integrations.models import make_batch, make_model, static_cache
+from tests.integrations.models import FAMILIES, generate, make_batch, make_model, static_cache
 from tests.integrations.recorder import Recorder
 from tests.snapshots import assert_expected_inline
 
@@ -49,7 +49,13 @@ softmax: 0
 @pytest.mark.parametrize("cache", ["dynamic", "static", "none"])
 @pytest.mark.parametrize(
     ("family", "backend"),
-    [("llama", "eager"), ("llama", "aot_eager"), ("mistral", "aot_eager"), ("qwen2-window", "aot_eager")],
+    [
+        ("llama", "eager"),
+        ("llama", "aot_eager"),
+        ("mistral", "aot_eager"),
+        ("gemma2", "aot_eager"),
+        ("gpt-oss", "aot_eager"),
+    ],
 )
 def test_compiled_logits_are_those_of_eager(family: str, cache: str, backend: str) -> None:
     """A prefill of 9 tokens and one decode step after it. On a GPU, tests/gpu goes through Inductor instead."""
@@ -67,6 +73,23 @@ def test_compiled_logits_are_those_of_eager(family: str, cache: str, backend: st
 
     for actual, expected in zip(run(compiled), run(model), strict=True):
         torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("kind", [pytest.param("single", marks=pytest.mark.slow), "left-padded"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compiled_tokens_with_a_dynamic_cache_equal_hugging_faces(family: str, kind: str) -> None:
+    """A prompt and two steps behind it; test_compiled_decode does the same with static caches."""
+    model, batch = make_model(family), make_batch(kind)
+    expected = generate(model, batch, max_new_tokens=3)
+    compiled = torch.compile(patch(model), fullgraph=True, backend="eager")
+    past, mask, made = DynamicCache(config=model.config), batch["attention_mask"], []
+    inputs = {"input_ids": batch["input_ids"], "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+    for _ in range(3):
+        logits = compiled(**inputs, attention_mask=mask, past_key_values=past).logits
+        made.append(logits[:, -1:].argmax(-1))
+        inputs = {"input_ids": made[-1], "position_ids": inputs["position_ids"][:, -1:] + 1}
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+    assert torch.cat(made, dim=1).tolist() == expected.tolist()
 
 
 def test_decoding_with_a_static_cache_does_not_recompile() -> None:
@@ -103,6 +126,16 @@ def test_traced_packed_sequences_raise(family: str) -> None:
     compiled(ids, position_ids=positions, use_cache=False)
     with pytest.raises(RuntimeError, match="packed sequences"):
         compiled(ids, position_ids=positions % 6, use_cache=False)
+
+
+def test_a_traced_static_cache_that_drops_what_the_window_shows_is_refused() -> None:
+    model, ids = patch(make_model("mistral")), make_batch()["input_ids"]
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    past = static_cache(model, max_cache_len=6)
+    model(ids[:, :5], past_key_values=past)
+    compiled(ids[:, 5:6], past_key_values=past)
+    with pytest.raises(RuntimeError, match="room for the 8 tokens of the sliding window"):
+        compiled(ids[:, 6:7], past_key_values=past)
 
 
 def test_traced_4d_masks_take_the_dense_path() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flashcore_ops import make_static_cache
 from flashcore_ops.integrations.transformers import replace_llama_attention_with_flashcore as patch
-from tests.integrations.models import FAMILIES, PROMPT_LEN, VOCABULARY, generate, make_batch, make_model
+from tests.integrations.models import BATCHES, FAMILIES, PROMPT_LEN, VOCABULARY, generate, make_batch, make_model
 from tests.integrations.recorder import Recorder
 from tests.snapshots import assert_expected_inline
 
@@ -77,10 +77,8 @@ def prompt(length: int, kind: str = "single") -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-@pytest.mark.parametrize(
-    ("family", "kind"),
-    [(family, "single") for family in FAMILIES] + [("llama", "left-padded"), ("mistral", "left-padded")],
-)
+@pytest.mark.parametrize("kind", BATCHES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_no_length_compiles_anything_new(family: str, kind: str) -> None:
     """One prefill and one step warm up; then 64 steps, and prompts of other lengths, with eager's and sdpa's tokens."""
     plain, batch = make_model(family), prompt(13, kind)

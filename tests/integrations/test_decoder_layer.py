@@ -19,16 +19,16 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from flashcore_ops import make_static_cache
 from flashcore_ops.errors import GradientError, OptionError
+from flashcore_ops.integrations.capture import is_capturable
 from flashcore_ops.integrations.decoder_layer import (
     FlashCoreDecoderLayer,
     FlashCoreLinear,
-    is_capturable,
     unfuse_modules,
 )
 from flashcore_ops.integrations.generate import KeptGeneration
 from flashcore_ops.integrations.transformers import replace_llama_attention_with_flashcore as patch
 from flashcore_ops.integrations.transformers import restore_attention
-from tests.integrations.models import FAMILIES, PROMPT_LEN, VOCABULARY, make_batch, make_model
+from tests.integrations.models import FUSED_FAMILIES, PROMPT_LEN, VOCABULARY, make_batch, make_model
 
 CACHES: dict[str, Callable[..., Any]] = {
     "static": lambda model, batch: make_static_cache(model, batch, 24),
@@ -71,7 +71,7 @@ def as_parents(model: Any) -> Any:
 
 @pytest.mark.parametrize("kind", ["single", "left-padded"])
 @pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FUSED_FAMILIES)
 def test_steps_are_the_parents_bit_by_bit(family: str, cache: str, kind: str) -> None:
     model, batch = patch(make_model(family)), make_batch(kind)
     expected = decode(as_parents(model), batch, CACHES[cache])
@@ -312,7 +312,7 @@ def test_options_that_a_prefill_refuses_are_refused_in_a_step_too() -> None:
         model.train()(batch["input_ids"][:, :1], past_key_values=past)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FUSED_FAMILIES)
 def test_restore_gives_back_the_very_classes(family: str) -> None:
     model = make_model(family)
     classes = [type(module) for module in model.modules()]

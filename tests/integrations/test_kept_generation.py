@@ -16,7 +16,7 @@ from flashcore_ops.integrations import generate as generate_module
 from flashcore_ops.integrations.transformers import replace_llama_attention_with_flashcore as patch
 from flashcore_ops.kept_steps import free_kept_caches, kept_steps, warmup
 from tests.integrations.kept import Ledger, keep_on_cpu
-from tests.integrations.models import BATCHES, FAMILIES, make_batch, make_model
+from tests.integrations.models import BATCHES, CAPTURED_FAMILIES, ROUTED_FAMILIES, make_batch, make_model
 
 
 @pytest.fixture(autouse=True)
@@ -33,8 +33,8 @@ def tokens_of(model: Any, batch: Any, **options: Any) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("kind", BATCHES)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_tokens_equal_sdpa_and_come_from_one_kept_step(family: str, kind: str, ledger: Ledger) -> None:
+@pytest.mark.parametrize("family", CAPTURED_FAMILIES)
+def test_greedy_tokens_equal_hugging_faces_and_come_from_one_kept_step(family: str, kind: str, ledger: Ledger) -> None:
     """Prompts of several lengths, the longest first, so that later ones run over slots of earlier ones."""
     model, batch = make_model(family), make_batch(kind)
     prompts = [{name: tensor[:, -length:] for name, tensor in batch.items()} for length in (13, 9, 5)]
@@ -46,6 +46,15 @@ def test_greedy_tokens_equal_sdpa_and_come_from_one_kept_step(family: str, kind:
     assert ledger.num_runs == 3 * 11
 
 
+@pytest.mark.parametrize("kind", BATCHES)
+@pytest.mark.parametrize("family", ROUTED_FAMILIES)
+def test_models_with_experts_keep_nothing(family: str, kind: str, ledger: Ledger) -> None:
+    model, batch = make_model(family), make_batch(kind)
+    expected = tokens_of(model, batch)
+    assert tokens_of(patch(model), batch) == expected
+    assert ledger.shapes == []
+
+
 @pytest.mark.parametrize(
     ("options", "num_rows"),
     [
@@ -55,7 +64,7 @@ def test_greedy_tokens_equal_sdpa_and_come_from_one_kept_step(family: str, kind:
         ({"min_new_tokens": 4, "eos_token_id": [5, 9, 17, 33], "pad_token_id": 0}, 3),
     ],
 )
-@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "cohere2"])
 def test_other_ways_that_are_kept(family: str, options: dict[str, Any], num_rows: int, ledger: Ledger) -> None:
     model, batch = make_model(family), make_batch("left-padded")
     expected = tokens_of(model, batch, **options)

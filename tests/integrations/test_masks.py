@@ -24,11 +24,11 @@ from transformers.masking_utils import (
 )
 
 from flashcore_ops.errors import CapacityError, MaskError
-from flashcore_ops.integrations import masks
+from flashcore_ops.integrations import attention, masks
 from flashcore_ops.integrations.masks import create_fcore_mask
 from flashcore_ops.integrations.transformers import replace_llama_attention_with_flashcore as patch
 from flashcore_ops.reference import visible_slots
-from tests.integrations.models import generate, make_batch, make_model, static_cache
+from tests.integrations.models import WINDOW_FAMILIES, error_bar, generate, make_batch, make_model, static_cache
 
 
 def _visible(mask: Tensor | None, window: int, batch: int, q_length: int, kv_length: int) -> Tensor:
@@ -46,7 +46,7 @@ def test_any_padding_mask_means_what_sdpa_makes_of_it(data: st.DataObject) -> No
     past, q_length = data.draw(st.integers(0, 4)), data.draw(st.integers(1, 4))
     window = data.draw(st.sampled_from([None, 2, 3, 5]))
     free = data.draw(st.integers(0, 3))
-    dropped = data.draw(st.integers(0, min(past, window - 1))) if window else 0
+    dropped = data.draw(st.integers(0, max(0, past - window + 1))) if window else 0
     width = past + q_length + data.draw(st.sampled_from([0, free, -1]))
     is_padded_left = data.draw(st.booleans())
     bits = st.lists(st.booleans(), min_size=width, max_size=width)
@@ -94,7 +94,7 @@ def _with_one_warning(reason: str, call: Any) -> Any:
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2-window"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2-window", "gemma2", "gpt-oss"])
 @pytest.mark.parametrize("kind", ["right-padded", "holes"])
 def test_right_padding_and_holes_take_the_dense_path(kind: str, family: str, cache: str, device: str) -> None:
     """Prefill and every decode step, since right padding in the prompt is a hole from then on."""
@@ -115,6 +115,23 @@ def test_logits_of_right_padded_batches_are_those_of_sdpa(family: str, device: s
     assert torch.equal(actual, expected)
 
 
+@pytest.mark.parametrize("dropped", ["softcap", "sinks"])
+@pytest.mark.parametrize("family", ["gemma2", "gpt-oss"])
+def test_the_dense_path_computes_softcap_and_sinks(family: str, dropped: str, device: str) -> None:
+    """To within the error bar of eager; and not without the one that the family has."""
+    model, batch = make_model(family, device), make_batch("right-padded", device)
+    rows = batch["attention_mask"].bool()
+    exact, bar = error_bar(model, model(**batch).logits, **batch)
+    patch(model)
+    logits = _with_one_warning("right padding or holes", lambda: model(**batch).logits)
+    assert (logits - exact)[rows].abs().max() <= bar
+    with pytest.MonkeyPatch.context() as patcher:
+        whole = attention.dense_attention
+        patcher.setattr(attention, "dense_attention", lambda *args, **rest: whole(*args, **(rest | {dropped: None})))
+        is_used = (family, dropped) in (("gemma2", "softcap"), ("gpt-oss", "sinks"))
+        assert ((model(**batch).logits - exact)[rows].abs().max() > 100 * bar) == is_used
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
 def test_a_users_4d_mask_is_obeyed(dtype: torch.dtype, device: str) -> None:
     """Blocks of two documents, as bool or added to the scores."""
@@ -127,6 +144,23 @@ def test_a_users_4d_mask_is_obeyed(dtype: torch.dtype, device: str) -> None:
     expected = model(**inputs).logits
     actual = _with_one_warning("4-D attention mask", lambda: patch(model)(**inputs).logits)
     assert torch.equal(actual, expected)
+    assert not torch.allclose(actual, model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+@pytest.mark.parametrize("family", ["gemma2", "gpt-oss"])
+def test_a_users_4d_mask_is_obeyed_beside_softcap_and_sinks(family: str, dtype: torch.dtype, device: str) -> None:
+    """Eager attention adds what is passed, True and False too, so it is given numbers."""
+    model, ids = make_model(family, device), make_batch(device=device)["input_ids"]
+    mask = torch.ones(1, 1, 13, 13, dtype=torch.bool, device=device).tril()
+    mask[..., 1:, 3:5] = False
+    mask[..., 3:5, 3:5] |= torch.eye(2, dtype=torch.bool, device=device)
+    added = torch.zeros(1, 1, 13, 13, device=device).masked_fill(~mask, float("-inf"))
+    expected = model(input_ids=ids, attention_mask=added).logits
+    patch(model)
+    passed = mask if dtype == torch.bool else added
+    actual = _with_one_warning("4-D attention mask", lambda: model(input_ids=ids, attention_mask=passed).logits)
+    torch.testing.assert_close(actual, expected)
     assert not torch.allclose(actual, model(input_ids=ids).logits)
 
 
@@ -309,6 +343,17 @@ class TestDecodeStepsOnAGpu:
 def test_malformed_masks_are_refused(mask: Tensor, message: str) -> None:
     with pytest.raises(MaskError, match=message):
         patch(make_model())(make_batch()["input_ids"], attention_mask=mask)
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+@pytest.mark.parametrize("family", WINDOW_FAMILIES)
+def test_a_static_cache_that_drops_what_the_window_shows_is_refused(family: str, chunk: int) -> None:
+    """Of 6 slots and a window of 8, transformers' sliding layers drop the oldest tokens, and it goes on."""
+    model, ids = patch(make_model(family)), make_batch()["input_ids"]
+    cache = static_cache(model, max_cache_len=6)
+    model(ids[:, :6], past_key_values=cache)
+    with pytest.raises(CapacityError, match=r"past_key_values: .*larger max_cache_len"):
+        model(ids[:, 6 : 6 + chunk], past_key_values=cache)
 
 
 OVERFLOW = r"^past_key_values: expected room for 13 tokens, got a static cache of 8 slots\."

@@ -1,4 +1,4 @@
-"""Patched models against Hugging Face's sdpa: the same tokens, and logits within the error bar."""
+"""Patched models against Hugging Face's sdpa and eager: the same tokens, and logits within the error bar."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ from torch import Tensor
 from transformers import AttentionInterface, DynamicCache
 
 from flashcore_ops.integrations.attention import fcore_attention
+from flashcore_ops.integrations.families import Feature
 from flashcore_ops.integrations.transformers import replace_llama_attention_with_flashcore as patch
 from tests.integrations.models import (
     BATCHES,
     CACHES,
     FAMILIES,
+    REFERENCES,
+    WINDOW_FAMILIES,
     error_bar,
+    features_of,
     generate,
     make_batch,
     make_model,
@@ -25,21 +29,32 @@ from tests.integrations.models import (
 
 @pytest.mark.parametrize("kind", BATCHES)
 @pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_tokens_equal_sdpa(family: str, cache: str, kind: str, device: str) -> None:
-    model, batch = make_model(family, device), make_batch(kind, device)
+@pytest.mark.parametrize(("family", "implementation"), REFERENCES)
+def test_greedy_tokens_equal_hugging_faces(
+    family: str, implementation: str, cache: str, kind: str, device: str
+) -> None:
+    model, batch = make_model(family, device, implementation=implementation), make_batch(kind, device)
     expected = generate(model, batch, cache_implementation=cache)
     actual = generate(patch(model), batch, cache_implementation=cache)
     assert actual.tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("kind", BATCHES)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_logits_are_as_close_as_sdpa(family: str, kind: str, device: str) -> None:
-    model, batch = make_model(family, device), make_batch(kind, device)
+@pytest.mark.parametrize(("family", "implementation"), REFERENCES)
+def test_logits_are_as_close_as_hugging_faces(family: str, implementation: str, kind: str, device: str) -> None:
+    model, batch = make_model(family, device, implementation=implementation), make_batch(kind, device)
     exact, bar = error_bar(model, model(**batch).logits, **batch)
     errors = (patch(model)(**batch).logits.double() - exact).abs()
     # Rows of padding see nothing, and what stands there has no meaning.
+    assert errors[batch["attention_mask"].bool()].max() <= bar
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_in_16_bits_are_as_close_as_hugging_faces(family: str, dtype: torch.dtype, device: str) -> None:
+    model, batch = make_model(family, device, dtype), make_batch("left-padded", device)
+    exact, bar = error_bar(model, model(**batch).logits, **batch)
+    errors = (patch(model)(**batch).logits.double() - exact).abs()
     assert errors[batch["attention_mask"].bool()].max() <= bar
 
 
@@ -66,7 +81,7 @@ def test_several_tokens_against_a_filled_cache(family: str, cache: str, device: 
 
 
 @pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize("family", ["mistral", "qwen2-window"])
+@pytest.mark.parametrize("family", WINDOW_FAMILIES)
 def test_decoding_passes_the_window(family: str, cache: str, device: str) -> None:
     """A prompt of 5 tokens fills the sliding cache of 8 while it decodes."""
     model = make_model(family, device)
@@ -75,7 +90,7 @@ def test_decoding_passes_the_window(family: str, cache: str, device: str) -> Non
     assert generate(patch(model), batch, cache_implementation=cache).tolist() == expected.tolist()
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen2-window"])
+@pytest.mark.parametrize("family", WINDOW_FAMILIES)
 def test_window_in_a_cache_that_keeps_every_token(family: str, device: str) -> None:
     model, batch = make_model(family, device), make_batch("left-padded", device)
     expected = generate(model, batch, past_key_values=DynamicCache())
@@ -95,10 +110,6 @@ def test_the_scale_is_the_layers_own(kind: str, device: str) -> None:
     assert (patch(model)(**batch).logits - exact)[rows].abs().max() <= bar
 
 
-def _drop_window(arguments: dict[str, Any]) -> None:
-    arguments["sliding_window"] = None
-
-
 def _drop_padding(arguments: dict[str, Any]) -> None:
     if arguments["attention_mask"] is not None:
         arguments["attention_mask"] = arguments["attention_mask"] * torch.tensor([0, 1], dtype=torch.int32)
@@ -108,31 +119,53 @@ def _drop_length(arguments: dict[str, Any]) -> None:
     arguments["attention_mask"] = None
 
 
-def _drop_scale(arguments: dict[str, Any]) -> None:
-    arguments["scaling"] = 1.0
+# Each as it would be if the family's own were forgotten.
+_FORGOTTEN = {
+    Feature.WINDOW: {"sliding_window": None},
+    Feature.SOFTCAP: {"softcap": None},
+    Feature.SINKS: {"s_aux": None},
+    Feature.SCALE: {"scaling": None},
+}
 
 
-@pytest.mark.parametrize(
-    ("drop", "family", "make_cache", "kind"),
-    [
-        (_drop_window, "mistral", lambda model: DynamicCache(), "single"),
-        (_drop_window, "qwen2-window", lambda model: DynamicCache(), "single"),
-        (_drop_padding, "llama", lambda model: DynamicCache(), "left-padded"),
-        (_drop_length, "llama", static_cache, "single"),
-        (_drop_scale, "qwen2", lambda model: DynamicCache(), "single"),
-    ],
-)
-def test_tokens_change_when_a_feature_is_dropped(drop: Any, family: str, make_cache: Any, kind: str) -> None:
-    """The comparison with sdpa can fail: without the feature the tokens are others."""
-    model, batch = make_model(family), make_batch(kind)
-    expected = generate(model, batch, past_key_values=make_cache(model))
-    patch(model)
+def _tokens_with(model: Any, batch: dict[str, Tensor], cache: Any, change: Any) -> list[list[int]]:
+    """What the patched model writes if the arguments of its attention are changed first."""
 
     def mutilated(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **rest: Any) -> Any:
         arguments = {"attention_mask": mask} | rest
-        drop(arguments)
+        change(arguments)
         return fcore_attention(module, query, key, value, **arguments)
 
+    patch(model)
     with pytest.MonkeyPatch.context() as patcher:
         patcher.setitem(AttentionInterface._global_mapping, "fcore", mutilated)
-        assert generate(model, batch, past_key_values=make_cache(model)).tolist() != expected.tolist()
+        return generate(model, batch, past_key_values=cache).tolist()
+
+
+@pytest.mark.parametrize(
+    ("family", "feature"),
+    [(family, feature) for family in FAMILIES for feature in features_of(family) if feature in _FORGOTTEN],
+)
+def test_tokens_change_when_a_feature_of_the_family_is_dropped(family: str, feature: Feature) -> None:
+    """The comparisons with Hugging Face's can fail: without the feature the tokens are others."""
+    model, batch = make_model(family), make_batch()
+    expected = generate(model, batch, past_key_values=DynamicCache()).tolist()
+    (name,) = dropped = _FORGOTTEN[feature]
+    told = []
+
+    def drop(arguments: dict[str, Any]) -> None:
+        told.append(arguments.get(name) is not None)
+        arguments.update(dropped)
+
+    assert _tokens_with(model, batch, DynamicCache(), drop) != expected
+    assert any(told)
+
+
+@pytest.mark.parametrize(
+    ("drop", "make_cache", "kind"),
+    [(_drop_padding, lambda model: DynamicCache(), "left-padded"), (_drop_length, static_cache, "single")],
+)
+def test_tokens_change_when_padding_or_length_is_dropped(drop: Any, make_cache: Any, kind: str) -> None:
+    model, batch = make_model(), make_batch(kind)
+    expected = generate(model, batch, past_key_values=make_cache(model)).tolist()
+    assert _tokens_with(model, batch, make_cache(model), drop) != expected

@@ -15,7 +15,7 @@ from flashcore_ops import make_static_cache
 from flashcore_ops.decode_step import make_decode_step
 from flashcore_ops.integrations.plain_stack import decode_logits, is_plain_stack
 from flashcore_ops.integrations.transformers import replace_llama_attention_with_flashcore as patch
-from tests.integrations.models import FAMILIES, PROMPT_LEN, make_batch, make_model
+from tests.integrations.models import FUSED_FAMILIES, PROMPT_LEN, make_batch, make_model
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +24,7 @@ def _no_gradients() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FUSED_FAMILIES)
 def test_equals_the_models_own_forward(family: str, device: str) -> None:
     model, batch = patch(make_model(family, device)), make_batch("left-padded", device)
     assert is_plain_stack(model)

@@ -90,7 +90,7 @@ def test_a_model_on_several_devices_is_refused() -> None:
 
 @pytest.mark.parametrize("kind", ["single", "left-padded"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_generate_over_it_gives_the_tokens_of_sdpa(family: str, kind: str, device: str) -> None:
+def test_generate_over_it_gives_hugging_faces_tokens(family: str, kind: str, device: str) -> None:
     """Twice, with a longer and a shorter prompt, since slots of the first call stay behind."""
     model, batch = make_model(family, device), make_batch(kind, device)
     shorter = {name: tensor[:, -7:] for name, tensor in batch.items()}

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import Phi3ForCausalLM
 
 from flashcore_ops.errors import MaskError, OptionError, ShapeError
 from flashcore_ops.generation import STEPS_PER_READ, Sampling, generate_tokens, stream_tokens
 from flashcore_ops.integrations.transformers import replace_llama_attention_with_flashcore as patch
 from flashcore_ops.kept_steps import kept_steps
-from tests.integrations.models import BATCHES, FAMILIES, generate, make_batch, make_model
+from tests.integrations.models import BATCHES, FAMILIES, FUSED_FAMILIES, generate, make_batch, make_model
 
 MORE_THAN_ASKED_FOR = 50
 
@@ -24,15 +25,33 @@ def stream(model: Any, batch: dict[str, Tensor], **options: Any) -> Tensor:
     return torch.stack(steps, dim=1)
 
 
-@pytest.mark.parametrize("steps_per_read", [1, 5, STEPS_PER_READ, MORE_THAN_ASKED_FOR])
 @pytest.mark.parametrize("kind", BATCHES)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_tokens_equal_sdpa(family: str, kind: str, steps_per_read: int, device: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "steps_per_read"),
+    [(family, 5) for family in FAMILIES]
+    + [(family, steps) for family in FUSED_FAMILIES for steps in (1, STEPS_PER_READ, MORE_THAN_ASKED_FOR)],
+)
+def test_tokens_equal_hugging_faces(family: str, kind: str, steps_per_read: int, device: str) -> None:
     model, batch = make_model(family, device), make_batch(kind, device)
     expected = generate(model, batch)
     tokens = stream(patch(model), batch, steps_per_read=steps_per_read)
     assert tokens.tolist() == expected.tolist()
     assert (tokens.dtype, tokens.device.type) == (torch.int64, "cpu")
+
+
+def test_rotations_that_change_behind_the_prompt_are_refused() -> None:
+    """Phi-3's longrope at its limit, here of 16 tokens. transformers fills the cache anew behind it."""
+    batch, config = make_batch(), make_model("phi3").config
+    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "rope_theta": 1e4}
+    config.original_max_position_embeddings = 16
+    config.rope_parameters = {"rope_type": "longrope", "original_max_position_embeddings": 16, **factors}
+    model = Phi3ForCausalLM(config).eval()
+    expected = generate(model, batch).tolist()
+    patch(model)
+    assert generate(model, batch).tolist() == expected
+    assert stream(model, batch, max_new_tokens=4).tolist() == [expected[0][:4]]
+    with pytest.raises(OptionError, match=r"max_new_tokens: expected at most 4, .* past 16 tokens, got 5\."):
+        stream(model, batch, max_new_tokens=5)
 
 
 def test_without_a_mask_there_is_no_padding(device: str) -> None:

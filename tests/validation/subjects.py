@@ -19,7 +19,7 @@ def make_subject(dtype: torch.dtype = torch.float32, device: str = "cpu", family
 
 def break_patched_models(monkeypatch: pytest.MonkeyPatch, breaks: Callable[[Any], None]) -> None:
     """Has every model that validation patches changed by `breaks`, until it is restored."""
-    patch, restore = tokens.replace_llama_attention_with_flashcore, tokens.restore_attention
+    patch, restore = tokens.patch_model, tokens.restore_attention
     kept: dict[str, torch.Tensor] = {}
 
     def patch_and_break(model: Any) -> Any:
@@ -31,5 +31,5 @@ def break_patched_models(monkeypatch: pytest.MonkeyPatch, breaks: Callable[[Any]
         restore(model)
         model.load_state_dict(kept)
 
-    monkeypatch.setattr(tokens, "replace_llama_attention_with_flashcore", patch_and_break)
+    monkeypatch.setattr(tokens, "patch_model", patch_and_break)
     monkeypatch.setattr(tokens, "restore_attention", restore_whole)

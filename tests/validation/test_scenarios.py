@@ -22,8 +22,7 @@ def _shorter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scenarios, "LONG", 20)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("family", ["llama", "qwen2-window"])
+@pytest.mark.parametrize(("family", "dtype"), [("llama", torch.float32), ("qwen2-window", torch.bfloat16)], ids=str)
 def test_a_right_model_passes_all(family: str, dtype: torch.dtype, device: str) -> None:
     subject = make_subject(dtype, device, family)
     results = [run_scenario(scenario, subject) for scenario in SCENARIOS]
