@@ -69,8 +69,8 @@ def _key_of(argument: Any) -> Any:
     """Of a tensor, or of a descriptor of its tiles, what Triton specialises on."""
     if isinstance(argument, torch.Tensor):
         return argument.dtype, argument.data_ptr() % _ALIGNMENT == 0
-    # Its layout in shared memory follows from these.
-    return argument.base.dtype, *argument.block_shape
+    # Its layout in shared memory follows from these. As text, since `_kind_of` takes numbers for sizes.
+    return argument.base.dtype, str(argument.block_shape)
 
 
 def _kind_of(part: Any) -> Any:

@@ -101,8 +101,9 @@ def test_descriptors_share_a_compiled_kernel_if_their_tiles_are_alike(recorder: 
         (torch.float16, 8, 1),
         (torch.float16, 8, 1),
         (torch.float16, 16, 2),
-        (torch.float32, 8, 3),
-        (torch.float16, 8, 3),
+        (torch.float16, 32, 3),
+        (torch.float32, 8, 4),
+        (torch.float16, 8, 4),
     ):
         kernel((1,), described(dtype, rows), x, None, 1, N=7, BLOCK=8)
         assert len(recorder.bound) == num_bound
