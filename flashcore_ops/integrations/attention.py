@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from flashcore_ops.errors import MaskError, OptionError, UnsupportedModelError
 from flashcore_ops.integrations.dense import dense_attention
+from flashcore_ops.integrations.packing import is_packed, packed_attention
 
 # Fused layers serve none of them; `fcore_attention` has the first two as arguments of its own.
 _UNSERVED_FEATURES = ("softcap", "s_aux", "position_bias")
@@ -34,8 +35,8 @@ def fcore_attention(
         module: the layer that asks.
         query: `[B, Hq, Q, D]`, float16, bfloat16 or float32.
         key, value: `[B, Hkv, S, D]`, past and new tokens; a static cache's whole buffer.
-        attention_mask: what `create_fcore_mask` returned (None, int32 `[B, 1, 1, 2]` or uint8), or a user's
-            own 4-D mask.
+        attention_mask: what `create_fcore_mask` returned (None, int32 `[B, 1, 1, 2]` or `[1, 1, 1, N + 1]`, or
+            uint8), or a user's own 4-D mask.
         dropout: must be 0.
         scaling: factor on the scores, None for `D ** -0.5`.
         sliding_window: in tokens, None for none.
@@ -75,6 +76,9 @@ def fcore_attention(
             got="False",
             fix="Set is_causal=False in the model's config before it is built, or pass a 4-D attention mask.",
         )
+    options = (scaling, True, sliding_window or 0, softcap or 0.0, s_aux)
+    if attention_mask is not None and is_packed(attention_mask):
+        return packed_attention(query, key, value, attention_mask, *options).transpose(1, 2), None
     if kwargs.get("cu_seq_lens_q") is not None:
         raise MaskError.explain(
             "cu_seq_lens_q",
@@ -85,7 +89,6 @@ def fcore_attention(
     if attention_mask is not None and attention_mask.shape != (query.shape[0], 1, 1, 2):
         raise _mask_error(f"int32 {list(attention_mask.shape)}")
     kv_range = None if attention_mask is None else attention_mask[:, 0, 0]
-    options = (scaling, True, sliding_window or 0, softcap or 0.0, s_aux)
     output = torch.ops.flashcore.attention(query, key, value, kv_range, *options)
     return output.transpose(1, 2), None
 

@@ -26,7 +26,7 @@ def _warn_dense_path(reason: str) -> None:
         _warned.add(reason)
         warnings.warn(
             f"FlashCore: {reason}, so attention takes the dense path (torch SDPA with a boolean mask): exact, "
-            "but slower. FlashCore's kernels serve causal masks with padding on the left only.",
+            "but slower. FlashCore's kernels serve causal masks with padding on the left only, and packed sequences.",
             stacklevel=2,
         )
 

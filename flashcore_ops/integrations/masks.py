@@ -1,9 +1,10 @@
 """Hugging Face attention masks as FlashCore reads them.
 
 A causal mask, windowed or not, with padding on the left only, travels as int32 `[B, 1, 1, 2]`: the (start, end)
-of each row's `kv_range`. transformers hands 4-D masks on untouched, so this channel reaches the attention
-function through the model, `generate` and accelerate's hooks alike. Any other mask travels as uint8
-`[B, 1, Q, S]` and takes the dense path; a user's own 4-D mask is bool or float, so uint8 is taken to be ours.
+of each row's `kv_range`. Packed sequences travel as their bounds (packing.py). transformers hands 4-D masks on
+untouched, so this channel reaches the attention function through the model, `generate` and accelerate's hooks
+alike. Any other mask travels as uint8 `[B, 1, Q, S]` and takes the dense path; a user's own 4-D mask is bool or
+float, so uint8 is taken to be ours.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from transformers.masking_utils import (
 from transformers.utils.import_utils import is_tracing
 
 from flashcore_ops.errors import CapacityError, MaskError
+from flashcore_ops.integrations.closures import is_same_function
 from flashcore_ops.integrations.dense import create_dense_mask
+from flashcore_ops.integrations.packing import packed_bounds
 from flashcore_ops.integrations.static_cache import check_capacity
 
 MaskFunction = Callable[..., Tensor]
@@ -93,8 +96,9 @@ def create_fcore_mask(
     plain = causal_mask_function if local_size is None else sliding_window_causal_mask_function(local_size)
     is_traced = is_tracing(attention_mask)
     _check_window(q_offset, kv_offset, local_size)
-    if use_vmap or not (is_traced or _is_same_function(mask_function, plain)):
-        return create_dense_mask(NOT_CAUSAL, **place, **content)
+    if use_vmap or not (is_traced or is_same_function(mask_function, plain)):
+        bounds = None if use_vmap or is_traced else packed_bounds(mask_function, plain, q_length, kv_length)
+        return create_dense_mask(NOT_CAUSAL, **place, **content) if bounds is None else bounds
     if is_traced and mask_function is not causal_mask_function:
         _assert_same_mask(mask_function, plain, **place)
 
@@ -117,24 +121,6 @@ def create_fcore_mask(
     if fills_slots and not _reading_waits(start) and not start.any():
         return None
     return _pack(start, end)
-
-
-def _is_same_function(function: Any, other: Any) -> bool:
-    """Whether two mask functions are one, or closures of the same code over the same values."""
-    if isinstance(function, tuple) and isinstance(other, tuple):
-        return len(function) == len(other) and all(map(_is_same_function, function, other))
-    if callable(function) and callable(other):
-        code = getattr(function, "__code__", None)
-        return function is other or (
-            code is not None
-            and code is getattr(other, "__code__", None)
-            and _is_same_function(_closed_over(function), _closed_over(other))
-        )
-    return isinstance(function, int) and isinstance(other, int) and function == other
-
-
-def _closed_over(function: Any) -> tuple[Any, ...]:
-    return tuple(cell.cell_contents for cell in function.__closure__ or ())
 
 
 def _assert_same_mask(

@@ -164,19 +164,6 @@ def test_a_users_4d_mask_is_obeyed_beside_softcap_and_sinks(family: str, dtype: 
     assert not torch.allclose(actual, model(input_ids=ids).logits)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral"])
-def test_packed_sequences_stay_apart(family: str, device: str) -> None:
-    """Positions that restart, without mask and cache, are two sequences in one row."""
-    model, ids = make_model(family, device), make_batch(device=device)["input_ids"]
-    positions = torch.cat((torch.arange(6), torch.arange(7)))[None].to(device)
-    inputs = {"input_ids": ids, "position_ids": positions, "use_cache": False}
-    expected = model(**inputs).logits
-    actual = _with_one_warning("packed sequences", lambda: patch(model)(**inputs).logits)
-    assert torch.equal(actual, expected)
-    with pytest.raises(MaskError, match="cu_seq_lens_q"):
-        model(ids, cu_seq_lens_q=torch.tensor([0, 6, 13], device=device))
-
-
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.filterwarnings("ignore:FlashCore")
 def test_mask_functions_are_told_apart_by_what_they_close_over(window: int | None) -> None:

@@ -1,0 +1,99 @@
+"""Packed sequences, told by positions that restart: our kernels keep them apart, in every family."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.masking_utils import (
+    and_masks,
+    causal_mask_function,
+    packed_sequence_mask_function,
+    sliding_window_causal_mask_function,
+)
+
+from flashcore_ops.errors import MaskError
+from flashcore_ops.integrations import attention as integration
+from flashcore_ops.integrations.packing import packed_bounds
+from flashcore_ops.integrations.transformers import replace_llama_attention_with_flashcore as patch
+from tests.integrations.models import PROMPT_LEN, REFERENCES, error_bar, make_batch, make_model
+
+
+def packed_positions(*rows: tuple[int, ...], device: str) -> Tensor:
+    """`[B, T]` of sequences of the given lengths, one behind the other in each row."""
+    return torch.stack([torch.cat([torch.arange(length) for length in row]) for row in rows]).to(device)
+
+
+@pytest.mark.parametrize("lengths", [((6, 7),), ((1, 5, 7), (13,), (12, 1))], ids=str)
+@pytest.mark.parametrize(("family", "implementation"), REFERENCES)
+def test_logits_are_as_close_as_hugging_faces(
+    family: str, implementation: str, lengths: tuple[tuple[int, ...], ...], device: str
+) -> None:
+    model = make_model(family, device, implementation=implementation)
+    ids = make_batch("single", device)["input_ids"].repeat(len(lengths), 1)
+    inputs: dict[str, Any] = {
+        "input_ids": ids,
+        "position_ids": packed_positions(*lengths, device=device),
+        "use_cache": False,
+    }
+    exact, bar = error_bar(model, model(**inputs).logits, **inputs)
+    with warnings.catch_warnings():
+        # The dense path would warn.
+        warnings.simplefilter("error")
+        actual = patch(model)(**inputs).logits
+    assert (actual.double() - exact).abs().max() <= bar
+    assert not torch.allclose(actual, model(ids, use_cache=False).logits)
+
+
+def test_each_sequence_gives_what_it_gives_alone(device: str) -> None:
+    model, ids = patch(make_model("llama", device)), make_batch("single", device)["input_ids"]
+    packed = model(ids, position_ids=packed_positions((6, 7), device=device), use_cache=False).logits
+    for rows in (slice(0, 6), slice(6, PROMPT_LEN)):
+        torch.testing.assert_close(packed[:, rows], model(ids[:, rows], use_cache=False).logits)
+
+
+def test_lengths_alone_are_refused(device: str) -> None:
+    model, ids = patch(make_model("llama", device)), make_batch("single", device)["input_ids"]
+    bounds = torch.tensor([0, 6, PROMPT_LEN], device=device, dtype=torch.int32)
+    with pytest.raises(MaskError, match="cu_seq_lens_q"):
+        model(ids, cu_seq_lens_q=bounds)
+    inputs = {"position_ids": packed_positions((6, 7), device=device), "use_cache": False}
+    assert torch.equal(model(ids, cu_seq_lens_q=bounds, **inputs).logits, model(ids, **inputs).logits)
+
+
+NUMBERS = torch.tensor([[0, 0, 1, 1], [0, 0, 0, 0]])
+
+
+@pytest.mark.parametrize("plain", [causal_mask_function, sliding_window_causal_mask_function(3)])
+def test_only_a_plain_mask_within_packed_sequences_is_one(plain: Any) -> None:
+    packed = packed_sequence_mask_function(NUMBERS)
+    bounds = packed_bounds(and_masks(plain, packed), plain, 4, 4)
+    assert bounds is not None
+    assert bounds.tolist() == [[[[0, 2, 4, 8]]]]
+    others = [
+        plain,
+        packed,
+        and_masks(packed, plain),
+        and_masks(plain, packed, packed),
+        and_masks(lambda batch, head, query, key: key >= 0, packed),
+        and_masks(sliding_window_causal_mask_function(2), packed),
+    ]
+    assert [packed_bounds(other, plain, 4, 4) for other in others] == [None] * len(others)
+    assert packed_bounds(and_masks(plain, packed), plain, q_length=4, kv_length=6) is None
+
+
+def test_one_call_of_the_op_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def record(*arguments: Any) -> Tensor:
+        calls.append(arguments[3].flatten().tolist())
+        return packed_attention(*arguments)
+
+    packed_attention = integration.packed_attention
+    monkeypatch.setattr(integration, "packed_attention", record)
+    model, ids = patch(make_model("llama")), make_batch()["input_ids"]
+    model(ids, position_ids=packed_positions((6, 7), device="cpu"), use_cache=False)
+    assert calls == [[0, 6, PROMPT_LEN]] * len(model.model.layers)
