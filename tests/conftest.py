@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,10 +44,8 @@ def _mark_the_other_dtypes_slow(items: list[pytest.Item]) -> None:
     """
     cases: dict[str, list[tuple[pytest.Item, torch.dtype]]] = defaultdict(list)
     for item in items:
-        callspec = getattr(item, "callspec", None)
-        if callspec is not None and item.get_closest_marker("gpu") is not None:
-            dtypes = [value for value in callspec.params.values() if isinstance(value, torch.dtype)]
-            cases[item.nodeid.partition("[")[0]] += [(item, dtype) for dtype in dtypes]
+        dtypes = [value for value in _gpu_parameters(item).values() if isinstance(value, torch.dtype)]
+        cases[item.nodeid.partition("[")[0]] += [(item, dtype) for dtype in dtypes]
     for of_one_test in cases.values():
         dtypes = {dtype for _, dtype in of_one_test}
         kept = next((dtype for dtype in (torch.bfloat16, torch.float16) if dtype in dtypes), torch.float32)
@@ -58,11 +57,15 @@ def _mark_the_other_dtypes_slow(items: list[pytest.Item]) -> None:
 def _mark_the_other_families_slow(items: list[pytest.Item]) -> None:
     """A GPU test of all families runs by default for four that have every feature: their attention is one kernel's."""
     for item in items:
-        callspec = getattr(item, "callspec", None)
-        if callspec is not None and item.get_closest_marker("gpu") is not None:
-            family = callspec.params.get("family")
-            if isinstance(family, str) and family not in GPU_FAMILIES:
-                item.add_marker(pytest.mark.slow)
+        family = _gpu_parameters(item).get("family")
+        if isinstance(family, str) and family not in GPU_FAMILIES:
+            item.add_marker(pytest.mark.slow)
+
+
+def _gpu_parameters(item: pytest.Item) -> dict[str, Any]:
+    """The parameters of a GPU test by name; none of any other test."""
+    callspec = getattr(item, "callspec", None)
+    return {} if callspec is None or item.get_closest_marker("gpu") is None else callspec.params
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +14,14 @@ from typer.testing import CliRunner
 
 from flashcore_ops.cli import app
 from flashcore_ops.commands import generate
+from tests.refusals import folded, refusal
 from tests.snapshots import assert_expected_inline
 
 
 def error_line(*arguments: str | Path) -> str:
     """The one line that a refused request leaves."""
     words = ["generate", *(str(argument) for argument in arguments)]
-    result = CliRunner().invoke(app, words, env={"FORCE_COLOR": None})
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    assert result.stderr.count("\n") == 1, result.stderr
-    return str(result.stderr.rstrip("\n"))
-
-
-def snapshot(lines: list[str]) -> str:
-    """The lines, each folded to the width of this file."""
-    return "\n".join(textwrap.fill(line, width=90, subsequent_indent="    ") for line in lines)
+    return refusal(CliRunner().invoke(app, words, env={"FORCE_COLOR": None}))
 
 
 def test_bad_values() -> None:
@@ -46,7 +37,7 @@ def test_bad_values() -> None:
         error_line("--device", "tpu"),
     ]
     assert_expected_inline(
-        snapshot(lines),
+        folded(lines),
         """\
 error: MODEL: expected a model directory or a hub id, got an empty string. Leave it out
     for the default model.
@@ -69,7 +60,7 @@ def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     beyond = error_line("--device", "cuda:2")
     assert_expected_inline(
-        snapshot([absent, beyond]),
+        folded([absent, beyond]),
         """\
 error: --device cuda: expected a GPU, got none that torch can see. Use --device cpu.
 error: --device cuda:2: expected an index below 2, got 2. `flashcore info` lists the GPUs.""",
@@ -81,7 +72,7 @@ def test_paths_without_a_model(tmp_path: Path) -> None:
     paths = [tmp_path / "missing", tmp_path / "file", tmp_path]
     lines = [error_line(path).replace(str(tmp_path), "TMP") for path in paths]
     assert_expected_inline(
-        snapshot(lines),
+        folded(lines),
         """\
 error: MODEL: expected an existing model directory or a hub id such as owner/name, got
     'TMP/missing'. Check the path.
@@ -95,7 +86,7 @@ error: MODEL: expected a directory with a config.json, got TMP, which has none. 
 def test_an_unsupported_model_is_refused_without_its_weights(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "gpt2", "n_layer": 1, "n_embd": 32, "n_head": 2}')
     assert_expected_inline(
-        snapshot([error_line(tmp_path)]),
+        folded([error_line(tmp_path)]),
         """\
 error: model: expected a Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE, Gemma 2, Gemma
     3, GPT-NeoX, Phi-3, OLMo 2, GPT-OSS, Granite, Cohere or Cohere 2 model of
@@ -123,7 +114,7 @@ def test_hub_problems_in_plain_words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HfApi, "model_info", raise_next)
     lines = [error_line("owner/no-such-model") for _ in range(len(problems))]
     assert_expected_inline(
-        snapshot(lines),
+        folded(lines),
         """\
 error: MODEL owner/no-such-model: expected a model directory, or a connection to the hub,
     got neither. Check the path or the connection, or pass a local directory.
@@ -154,7 +145,7 @@ def test_too_little_memory_in_plain_words(monkeypatch: pytest.MonkeyPatch, alloc
 
     monkeypatch.setattr(generate, "load_model", run_out)
     assert_expected_inline(
-        snapshot([error_line("owner/name", "--device", "cpu")]),
+        folded([error_line("owner/name", "--device", "cpu")]),
         """\
 error: --device cpu: expected memory for the model and its cache, got too little. Use a
     smaller model, dtype or --max-new-tokens, or --device cpu.""",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +24,7 @@ from flashcore_ops.errors import OptionError
 from flashcore_ops.kept_steps import capacity_for
 from flashcore_ops.kv_memory import RESERVE_BYTES, format_bytes
 from flashcore_ops.model_shapes import SHAPES, shape_config
+from tests.refusals import folded, refusal
 from tests.snapshots import assert_expected_inline
 
 
@@ -42,15 +42,7 @@ def shown(*arguments: str | Path) -> str:
 
 
 def error_line(*arguments: str | Path) -> str:
-    result = run(*arguments)
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    assert result.stderr.count("\n") == 1, result.stderr
-    return str(result.stderr.rstrip("\n"))
-
-
-def snapshot(lines: list[str]) -> str:
-    return "\n".join(textwrap.fill(line, width=90, subsequent_indent="    ") for line in lines)
+    return refusal(run(*arguments))
 
 
 def test_llama_3_1_8b_on_an_h100() -> None:
@@ -233,7 +225,7 @@ def test_bad_values() -> None:
         error_line("llama-3.1-8b", "--reserve", "some"),
     ]
     assert_expected_inline(
-        snapshot(lines),
+        folded(lines),
         """\
 error: MODEL_OR_CONFIG: expected a model directory, a config.json, a hub id such as
     owner/name, or one of llama-3.2-1b, llama-3.2-3b, llama-3.1-8b, llama-3.1-70b,
@@ -261,7 +253,7 @@ def test_paths_without_a_config(tmp_path: Path) -> None:
     own_words = [error_line(tmp_path / name).replace(str(tmp_path), "TMP") for name in ("missing", "", "gpt2.json")]
     read = [error_line(tmp_path / name).replace(str(tmp_path), "TMP") for name in ("text", "t5.json", "bad.json")]
     assert_expected_inline(
-        snapshot([*own_words, *(line.split(", got ")[0] for line in read)]),
+        folded([*own_words, *(line.split(", got ")[0] for line in read)]),
         """\
 error: MODEL: expected an existing model directory or a hub id such as owner/name, got
     'TMP/missing'. Check the path.
@@ -286,7 +278,7 @@ def test_hub_problems_in_plain_words(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(HfApi, "model_info", raise_next)
     assert_expected_inline(
-        snapshot([error_line("owner/no-such-model") for _ in range(2)]),
+        folded([error_line("owner/no-such-model") for _ in range(2)]),
         """\
 error: MODEL owner/no-such-model: expected a model directory, or a connection to the hub,
     got neither. Check the path or the connection, or pass a local directory.

@@ -11,16 +11,13 @@ from typer.testing import CliRunner
 from flashcore_ops.cli import app
 from flashcore_ops.commands import deploy as command
 from flashcore_ops.deployment.remote import Destination, Remote
+from tests.refusals import refusal
 from tests.snapshots import assert_expected_inline
 
 
 def error_line(*arguments: str) -> str:
     """The one line that a refused request leaves."""
-    result = CliRunner().invoke(app, ["deploy", *arguments], env={"FORCE_COLOR": None})
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    assert result.stderr.count("\n") == 1, result.stderr
-    return str(result.stderr.rstrip("\n"))
+    return refusal(CliRunner().invoke(app, ["deploy", *arguments], env={"FORCE_COLOR": None}))
 
 
 def test_refused_before_the_host_is_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
