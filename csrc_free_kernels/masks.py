@@ -5,6 +5,13 @@ import triton.language as tl
 
 
 @triton.jit
+def clamp_range(start, end, S):
+    """(start, end) with end in [0, S] and start in [0, end]."""
+    end = tl.minimum(tl.maximum(end, 0), S)
+    return tl.minimum(tl.maximum(start, 0), end), end
+
+
+@triton.jit
 def load_kv_range(p_range, stride_range, i_b, S):
     """(start, end) of batch i_b: end clamped to [0, S], then start to [0, end]. Without a pointer, (0, S)."""
     if p_range is None:
@@ -12,8 +19,8 @@ def load_kv_range(p_range, stride_range, i_b, S):
         end = S
     else:
         p_start = p_range + i_b * stride_range[0]
-        end = tl.minimum(tl.maximum(tl.load(p_start + stride_range[1]), 0), S)
-        start = tl.minimum(tl.maximum(tl.load(p_start), 0), end)
+        end = tl.load(p_start + stride_range[1])
+        start, end = clamp_range(tl.load(p_start), end, S)
     return start, end
 
 
@@ -43,13 +50,13 @@ def load_sequence_tile(
     i_last = tl.sum(tl.where(m_own, b_tiles, 0), 0) - 1
     i_own = tl.maximum(i_last - i_tile + tl.sum(tl.where(m_earlier, b_tiles, 0), 0), 0)
     if p_range is None:
-        start = tl.where(i_seq < N, tl.minimum(first_row, S), 0)
-        end = tl.where(i_seq < N, tl.minimum(first_row + num_rows, S), 0)
+        start = tl.where(i_seq < N, first_row, 0)
+        end = tl.where(i_seq < N, first_row + num_rows, 0)
     else:
         p_start = p_range + i_seq.to(tl.int64) * stride_range[0]
         end = tl.load(p_start + stride_range[1], mask=i_seq < N, other=0)
-        end = tl.minimum(tl.maximum(end, 0), S)
-        start = tl.minimum(tl.maximum(tl.load(p_start, mask=i_seq < N, other=0), 0), end)
+        start = tl.load(p_start, mask=i_seq < N, other=0)
+    start, end = clamp_range(start, end, S)
     return first_row, num_rows, i_own, start, end
 
 

@@ -127,10 +127,20 @@ def _prefill_kernel(
 
 
 def is_served_by_hopper(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, softcap: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    softcap: float,
+    cu_seqlens: torch.Tensor | None,
 ) -> bool:
     """Whether Hopper's kernel computes this, whose copy engine wants 16-byte strides."""
-    if query.dtype.itemsize != 2 or softcap != 0 or softmax.score_scale(scale, softcap).query_sign != 1:
+    if (
+        cu_seqlens is not None
+        or query.dtype.itemsize != 2
+        or softcap != 0
+        or softmax.score_scale(scale, softcap).query_sign != 1
+    ):
         return False
     if padded_head_dim(query.shape[3]) != padded_head_dim(value.shape[3]):
         return False
@@ -160,7 +170,7 @@ def prefill_attention(
 ) -> None:
     """Writes attention into output `[B, Hq, Q, Dv]` and, if given, lse (contiguous `[B, Hq, Q]`); B, Q > 0.
 
-    cu_seqlens is contiguous; with it B is 1. Hopper's tiles serve what `is_served_by_hopper` accepts, and no sequences.
+    cu_seqlens is contiguous; with it B is 1. Hopper's tiles serve what `is_served_by_hopper` accepts.
     """
     if isinstance(tiles, HopperTiles):
         # Imported here alone: it needs a Triton that has Gluon.

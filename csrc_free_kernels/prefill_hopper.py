@@ -119,6 +119,20 @@ def _produce(
 
 
 @gluon.jit
+def _start_scores(query, keys, slot, b_zero):
+    """Starts the product of the queries with a slot's keys."""
+    key = keys.index(slot).reshape([keys.shape[3], keys.shape[4]]).permute((1, 0))
+    return hopper.warpgroup_mma(query, key, b_zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _start_output(b_w, values, slot, b_o):
+    """Starts adding the product of weights with a slot's values."""
+    value = values.index(slot).reshape([values.shape[3], values.shape[4]])
+    return hopper.warpgroup_mma(b_w, value, b_o, is_async=True)
+
+
+@gluon.jit
 def _mask(b_s, i_n, first_column, high, num_before, IS_CAUSAL: gl.constexpr, HAS_WINDOW: gl.constexpr):
     """Scores of the slots from i_n on, -inf where the rows from first_column on may not see them."""
     layout: gl.constexpr = b_s.type.layout
@@ -183,8 +197,7 @@ def _consume(
         mbarrier.wait(q_full.index(q_slot), i_turn // NUM_QUERY_SLOTS & 1)
         slot = i_kv % NUM_SLOTS
         mbarrier.wait(k_full.index(slot), i_kv // NUM_SLOTS & 1)
-        key = keys.index(slot).reshape([BLOCK_N, BLOCK_D]).permute((1, 0))
-        b_s = hopper.warpgroup_mma(query, key, b_zero, use_acc=False, is_async=True)
+        b_s = _start_scores(query, keys, slot, b_zero)
         b_s = hopper.warpgroup_mma_wait(0, deps=[b_s])
         mbarrier.arrive(k_empty.index(slot), count=1)
         i_n = low + (num_kv_tiles - 1) * BLOCK_N
@@ -198,11 +211,9 @@ def _consume(
             i_kv += 1
             next_slot = i_kv % NUM_SLOTS
             mbarrier.wait(k_full.index(next_slot), i_kv // NUM_SLOTS & 1)
-            key = keys.index(next_slot).reshape([BLOCK_N, BLOCK_D]).permute((1, 0))
-            b_s = hopper.warpgroup_mma(query, key, b_zero, use_acc=False, is_async=True)
+            b_s = _start_scores(query, keys, next_slot, b_zero)
             mbarrier.wait(v_full.index(slot), phase)
-            value = values.index(slot).reshape([BLOCK_N, BLOCK_D])
-            b_o = hopper.warpgroup_mma(b_w, value, b_o, is_async=True)
+            b_o = _start_output(b_w, values, slot, b_o)
             b_s = hopper.warpgroup_mma_wait(1, deps=[b_s])
             mbarrier.arrive(k_empty.index(next_slot), count=1)
             is_edge = i_n + BLOCK_N > full_high
@@ -218,8 +229,7 @@ def _consume(
             b_o = b_o * gl.convert_layout(b_decay, output_row_layout)[:, None]
         slot = i_kv % NUM_SLOTS
         mbarrier.wait(v_full.index(slot), i_kv // NUM_SLOTS & 1)
-        value = values.index(slot).reshape([BLOCK_N, BLOCK_D])
-        b_o = hopper.warpgroup_mma(b_w, value, b_o, is_async=True)
+        b_o = _start_output(b_w, values, slot, b_o)
         b_o = hopper.warpgroup_mma_wait(0, deps=[b_o])
         mbarrier.arrive(v_empty.index(slot), count=1)
         i_kv += 1

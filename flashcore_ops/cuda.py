@@ -32,7 +32,6 @@ def attention(
     if batch == 0 or query_len == 0:
         return
     num_kv_heads, kv_len = key.shape[1], key.shape[2]
-    arch = tuning.architecture(query.device)
     # A window of all slots hides none; a larger one could overflow the kernels' int32.
     window = min(window, max(kv_len, 1))
     sinks = None if sinks is None else sinks.contiguous()
@@ -55,6 +54,7 @@ def attention(
                 tiles=_prefill_tiles(query, key, value, scale, softcap, cu_seqlens_q),
             )
             return
+        arch = tuning.architecture(query.device)
         num_rows = num_query_heads // num_kv_heads * query_len
         tiles = tuning.decode_tiles(arch, query.dtype, max(head_dim, value.shape[3]), num_rows)
         num_programs = batch * num_kv_heads * tuning.ceil_div(num_rows, tiles.block_m)
@@ -80,7 +80,7 @@ def _prefill_tiles(
     query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float, cu_seqlens_q: Tensor | None
 ) -> Tiles | HopperTiles:
     arch, head_dim = tuning.architecture(query.device), max(query.shape[3], value.shape[3])
-    if arch == "sm_90" and cu_seqlens_q is None and prefill.is_served_by_hopper(query, key, value, scale, softcap):
+    if arch == "sm_90" and prefill.is_served_by_hopper(query, key, value, scale, softcap, cu_seqlens_q):
         return tuning.hopper_prefill_tiles(head_dim, tuning.num_multiprocessors(query.device))
     return tuning.prefill_tiles(arch, query.dtype, head_dim)
 

@@ -67,8 +67,13 @@ class DecodeStep:
             self.logits = self._forward(self._model)
 
     def _forward(self, model: Any) -> Tensor:
+        logits = self._next_logits(model)
+        greedy(logits, self.tokens)
+        return logits
+
+    def _next_logits(self, model: Any) -> Tensor:
         if is_plain_stack(model):
-            logits = decode_logits(
+            return decode_logits(
                 model,
                 self.cache,
                 tokens=self.tokens,
@@ -76,8 +81,6 @@ class DecodeStep:
                 position_offset=self.position_offset,
                 length=self.length,
             )
-            greedy(logits, self.tokens)
-            return logits
         kv_range = torch.stack((self.start, (self.length + 1).to(torch.int32).expand_as(self.start)), dim=-1)
         outputs = model(
             input_ids=self.tokens,
@@ -87,8 +90,7 @@ class DecodeStep:
             use_cache=True,
             return_dict=True,
         )
-        logits = outputs.logits[:, -1]
-        greedy(logits, self.tokens)
+        logits: Tensor = outputs.logits[:, -1]
         return logits
 
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from flashcore_ops.checks import HEAD_DIM_RULE, SUPPORTED_DTYPES, dtype_name, is_supported_head_dim
 from flashcore_ops.errors import DtypeError, UnsupportedModelError
 from flashcore_ops.integrations.families import FAMILIES, Family, Feature, family_of
+from flashcore_ops.kv_memory import KVShape
 
 
 def check_model(model: nn.Module) -> None:
@@ -67,7 +68,7 @@ def _decoder_config(host: PreTrainedModel) -> Any:
 
 def _check_settings(host: PreTrainedModel, family: Family) -> None:
     config = _decoder_config(host)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim = KVShape.of(config).head_dim
     if not is_supported_head_dim(head_dim):
         raise _unsupported("head_dim", expected=HEAD_DIM_RULE, got=str(head_dim))
     if host.training and config.attention_dropout:

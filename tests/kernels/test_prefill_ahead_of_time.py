@@ -83,18 +83,25 @@ def test_hoppers_kernel_full_product(dtype, head_dim, has_options, is_causal, wi
 
 
 def test_hopper_serves_what_its_copy_engine_can_address() -> None:
-    def served(query: torch.Tensor, key: torch.Tensor, scale: float = 0.1, softcap: float = 0.0) -> bool:
-        return prefill.is_served_by_hopper(query, key, key, scale, softcap)
+    def served(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        scale: float = 0.1,
+        softcap: float = 0.0,
+        cu_seqlens: torch.Tensor | None = None,
+    ) -> bool:
+        return prefill.is_served_by_hopper(query, key, key, scale, softcap, cu_seqlens)
 
     query = torch.empty(1, 200, 8, 128, dtype=torch.bfloat16).transpose(1, 2)
     key = torch.empty(1, 512, 2, 128, dtype=torch.bfloat16).transpose(1, 2)
     assert served(query, key)
     assert not served(query.float(), key.float())
     assert not served(query, key, softcap=30.0)
+    assert not served(query, key, cu_seqlens=torch.tensor([0, 200], dtype=torch.int32))
     assert not served(query, key, scale=-0.1)
     assert not served(query, key, scale=0.0)
     assert not served(query, key[:, :, :0])
     assert not served(query, key[:, :1].expand(-1, 2, -1, -1))
     assert not served(query, torch.empty(1, 2, 512, 132, dtype=torch.bfloat16)[..., :128])
     assert not served(query, torch.empty(1, 2, 512, 136, dtype=torch.bfloat16)[..., 1:129])
-    assert not prefill.is_served_by_hopper(query, key, key[..., :64], 0.1, 0.0)
+    assert not prefill.is_served_by_hopper(query, key, key[..., :64], 0.1, softcap=0.0, cu_seqlens=None)

@@ -18,7 +18,7 @@ pytestmark = [
 def check(**problem):
     problem = make_problem(**problem)
     head_dim = problem.query.shape[3]
-    assert prefill.is_served_by_hopper(problem.query, problem.key, problem.value, scale=1.0, softcap=0.0)
+    assert prefill.is_served_by_hopper(problem.query, problem.key, problem.value, 1.0, softcap=0.0, cu_seqlens=None)
     check_prefill(problem, tuning.hopper_prefill_tiles(head_dim, num_multiprocessors=7))
 
 
