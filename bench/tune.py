@@ -22,8 +22,9 @@ from torch import Tensor
 
 import flashcore_ops
 from bench.harness import describe, time_interleaved
-from csrc_free_kernels import tuning
-from csrc_free_kernels.tuning import LinearTiles, Tiles
+from csrc_free_kernels import linear_tuning, tuning
+from csrc_free_kernels.linear_tuning import LinearTiles
+from csrc_free_kernels.tuning import DecodePlan, Tiles
 
 T = TypeVar("T")
 
@@ -41,15 +42,7 @@ LINEAR_KINDS = {
 NUM_LAYERS = 8
 
 
-@dataclass(frozen=True)
-class Attention:
-    """How the rotating decode kernel is cut, and over how many programs a range of slots is shared."""
-
-    tiles: Tiles
-    num_splits: int
-
-
-Choice = dict[str, LinearTiles | Attention]
+Choice = dict[str, LinearTiles | DecodePlan]
 
 
 @dataclass(frozen=True)
@@ -104,7 +97,7 @@ def shipped_choice(batch: int, capacity: int) -> Choice:
     device = torch.device("cuda", torch.cuda.current_device())
     arch, num_multiprocessors = tuning.architecture(device), tuning.num_multiprocessors(device)
     choice: Choice = {
-        kind: tuning.linear_tiles(
+        kind: linear_tuning.linear_tiles(
             arch,
             torch.bfloat16,
             num_rows=batch,
@@ -115,23 +108,33 @@ def shipped_choice(batch: int, capacity: int) -> Choice:
         )
         for kind, (num_columns, depth) in LINEAR_KINDS.items()
     }
-    choice["attention"] = Attention(
-        tuning.rope_decode_tiles(arch, torch.bfloat16, HEAD_DIM, group=NUM_HEADS // NUM_KV_HEADS),
-        tuning.choose_num_splits(batch * NUM_KV_HEADS, capacity, num_multiprocessors),
+    choice["attention"] = tuning.plan_decode(
+        *(arch, torch.bfloat16, HEAD_DIM),
+        num_rows=NUM_HEADS // NUM_KV_HEADS,
+        num_heads=batch * NUM_KV_HEADS,
+        kv_len=capacity,
+        num_multiprocessors=num_multiprocessors,
     )
     return choice
 
 
-def candidates(shipped: Choice, batch: int) -> dict[str, list[LinearTiles | Attention]]:
+def candidates(shipped: Choice, batch: int) -> dict[str, list[LinearTiles | DecodePlan]]:
     """What to try for each kind of launch, what is shipped first."""
-    tried: dict[str, list[LinearTiles | Attention]] = {kind: [choice] for kind, choice in shipped.items()}
+    tried: dict[str, list[LinearTiles | DecodePlan]] = {kind: [choice] for kind, choice in shipped.items()}
     for kind in LINEAR_KINDS:
         tiles = shipped[kind]
         if isinstance(tiles, LinearTiles):
             tried[kind] += _linear_candidates(tiles, batch)
     tried["attention"] += [
-        Attention(Tiles(16, block_n, num_warps, num_stages), num_splits)
-        for block_n, num_warps, num_stages in ((32, 4, 4), (64, 4, 2), (64, 4, 3), (128, 4, 2), (128, 8, 2))
+        DecodePlan(Tiles(16, block_n, num_warps, num_stages), num_splits)
+        for block_n, num_warps, num_stages in (
+            (32, 4, 4),
+            (64, 4, 3),
+            (64, 4, 5),
+            (128, 4, 2),
+            (128, 4, 3),
+            (128, 8, 3),
+        )
         for num_splits in sorted({1, 2, 4, max(1, 132 // (8 * batch)), max(1, 264 // (8 * batch))})
     ]
     return {kind: list(dict.fromkeys(choices)) for kind, choices in tried.items()}
@@ -158,20 +161,19 @@ def _linear_candidates(shipped: LinearTiles, batch: int) -> list[LinearTiles]:
 
 
 @contextmanager
-def tuned(choice: Mapping[str, LinearTiles | Attention]) -> Iterator[None]:
+def tuned(choice: Mapping[str, LinearTiles | DecodePlan]) -> Iterator[None]:
     """Has the launches inside take these tiles."""
     kinds = {shape: kind for kind, shape in LINEAR_KINDS.items()}
     attention = choice["attention"]
-    if not isinstance(attention, Attention):
-        raise TypeError("the attention's choice is no Attention")
+    if not isinstance(attention, DecodePlan):
+        raise TypeError("the attention's choice is no DecodePlan")
 
-    def linear_tiles(*_: object, num_columns: int, depth: int, **__: object) -> LinearTiles | Attention:
+    def linear_tiles(*_: object, num_columns: int, depth: int, **__: object) -> LinearTiles | DecodePlan:
         return choice[kinds[num_columns, depth]]
 
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(tuning, "linear_tiles", linear_tiles))
-        stack.enter_context(mock.patch.object(tuning, "rope_decode_tiles", return_value=attention.tiles))
-        stack.enter_context(mock.patch.object(tuning, "choose_num_splits", return_value=attention.num_splits))
+        stack.enter_context(mock.patch.object(linear_tuning, "linear_tiles", linear_tiles))
+        stack.enter_context(mock.patch.object(tuning, "plan_decode", return_value=attention))
         yield
 
 
@@ -225,7 +227,7 @@ def main(
     rotation = torch.randn(batch, 1, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
     kv_range = torch.tensor([[0, length]], dtype=torch.int32, device="cuda").expand(batch, 2).contiguous()
 
-    def microseconds(choice: dict[str, LinearTiles | Attention]) -> float:
+    def microseconds(choice: dict[str, LinearTiles | DecodePlan]) -> float:
         with tuned(choice), torch.no_grad():
             timing = time_interleaved(
                 {"chain": lambda chain: run_chain(chain, hidden, rotation, kv_range)}, [layers], 1, repeats

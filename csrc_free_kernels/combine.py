@@ -12,6 +12,8 @@ from csrc_free_kernels import dependent_launch, softmax
 from csrc_free_kernels.launch import Launcher
 from csrc_free_kernels.tuning import ceil_div, next_power_of_2
 
+_NUMBERS_PER_PROGRAM = 256
+
 
 class Partials(NamedTuple):
     """What each split leaves of each row (batch, head, token), in float32.
@@ -59,7 +61,6 @@ def _combine_kernel(
     Dv: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
-    CHUNK: tl.constexpr,
     IS_DEPENDENT: tl.constexpr,
 ):
     """Some columns of one row (batch, head, token): the splits' sums, at a common maximum, added in order."""
@@ -70,25 +71,20 @@ def _combine_kernel(
     i_head = i_row // Q % Hq
     i_b = i_row // Q // Hq
     o_split = tl.arange(0, BLOCK_SPLITS)
-    p_max = p_partial_max + o_split.to(tl.int64) * num_rows + i_row
-    b_max = tl.max(tl.load(p_max, mask=o_split < num_splits, other=float("-inf")), 0)
-    b_ref = softmax.finite(b_max)
-
+    m_split = o_split < num_splits
+    o_part = o_split.to(tl.int64) * num_rows + i_row
     o_dv = tl.program_id(1) * BLOCK_DV + tl.arange(0, BLOCK_DV)
     m_dv = o_dv < Dv
-    b_o = tl.zeros([BLOCK_DV], dtype=tl.float32)
-    b_sum = 0.0
-    for i_first in tl.range(0, num_splits, CHUNK):
-        o_chunk = i_first + tl.arange(0, CHUNK)
-        m_chunk = o_chunk < num_splits
-        o_part = o_chunk.to(tl.int64) * num_rows + i_row
-        b_part_max = tl.load(p_partial_max + o_part, mask=m_chunk, other=float("-inf"))
-        b_decay = tl.exp2((b_part_max - b_ref) * to_log2)
-        b_sum += tl.sum(tl.load(p_partial_sum + o_part, mask=m_chunk, other=0.0) * b_decay, 0)
-        # [CHUNK, BLOCK_DV]
-        m_part = m_chunk[:, None] & m_dv[None, :]
-        b_part = tl.load(p_partial + o_part[:, None] * Dv + o_dv[None, :], mask=m_part, other=0.0)
-        b_o += tl.sum(b_part * b_decay[:, None], 0)
+    b_part_max = tl.load(p_partial_max + o_part, mask=m_split, other=float("-inf"))
+    b_part_sum = tl.load(p_partial_sum + o_part, mask=m_split, other=0.0)
+    # [BLOCK_SPLITS, BLOCK_DV]
+    m_part = m_split[:, None] & m_dv[None, :]
+    b_part = tl.load(p_partial + o_part[:, None] * Dv + o_dv[None, :], mask=m_part, other=0.0)
+
+    b_max = tl.max(b_part_max, 0)
+    b_decay = tl.exp2((b_part_max - softmax.finite(b_max)) * to_log2)
+    b_sum = tl.sum(b_part_sum * b_decay, 0)
+    b_o = tl.sum(b_part * b_decay[:, None], 0)
 
     o_one = tl.zeros([1], dtype=tl.int64)
     b_sink = softmax.load_sinks(p_sinks, i_head + o_one, o_one == 0)
@@ -112,8 +108,9 @@ def combine_splits(
 ) -> None:
     """Writes attention into output `[B, Hq, Q, Dv]` and, if given, lse (contiguous `[B, Hq, Q]`)."""
     num_splits, num_rows, value_dim = partials.output.shape
-    # Narrow programs that load all their splits at once: one trip to memory instead of one for each chunk.
-    block_dv = min(32, next_power_of_2(value_dim))
+    block_splits = next_power_of_2(num_splits)
+    # Few numbers a program, all loaded at once: one trip to memory. Yet with few splits there are rows enough.
+    block_dv = min(max(32, _NUMBERS_PER_PROGRAM // block_splits), next_power_of_2(value_dim))
     _combine_kernel(
         (num_rows, ceil_div(value_dim, block_dv)),
         output,
@@ -131,8 +128,7 @@ def combine_splits(
         num_rows,
         Dv=value_dim,
         BLOCK_DV=block_dv,
-        BLOCK_SPLITS=next_power_of_2(num_splits),
-        CHUNK=min(64, next_power_of_2(num_splits)),
+        BLOCK_SPLITS=block_splits,
         IS_DEPENDENT=is_dependent,
         num_warps=2,
         **dependent_launch.launch_options(is_dependent),

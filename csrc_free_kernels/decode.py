@@ -1,7 +1,7 @@
 """Decode: attention of a few query tokens over a long cache, split over programs (Flash-Decoding).
 
 The query tokens and heads of one GQA group are packed into the rows of one tile, so that each K and V element is read
-once per KV head. Every program takes its share of the range from kv_range on the device, so one launch (and one CUDA
+once per KV head. Every program takes its tiles of the range from kv_range on the device, so one launch (and one CUDA
 graph) stays balanced at every length. The kernel of combine.py adds the splits up.
 """
 
@@ -9,11 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
-from csrc_free_kernels import combine, dependent_launch, masks, softmax
+from csrc_free_kernels import combine, dependent_launch, masks, shares, softmax
 from csrc_free_kernels.launch import Launcher
-from csrc_free_kernels.tuning import SLOTS_PER_SHARE, Tiles, ceil_div, next_power_of_2
-
-_SHARE = tl.constexpr(SLOTS_PER_SHARE)
+from csrc_free_kernels.tuning import DecodePlan, ceil_div, next_power_of_2
 
 
 @Launcher
@@ -58,10 +56,10 @@ def _decode_kernel(
     QUERY_SIGN: tl.constexpr,
     IS_SINGLE_TOKEN: tl.constexpr,
     IS_SPLIT: tl.constexpr,
+    PREFETCHED_SLOTS: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
     IS_DEPENDENT: tl.constexpr,
 ):
-    dependent_launch.launch_dependents(IS_DEPENDENT)
     MASK_D: tl.constexpr = D != BLOCK_D
     MASK_DV: tl.constexpr = Dv != BLOCK_DV
     i_split = tl.program_id(0) % num_splits
@@ -69,42 +67,50 @@ def _decode_kernel(
     i_bh = tl.program_id(0) // (num_splits * num_row_tiles)
     i_b = (i_bh // Hkv).to(tl.int64)
     i_kv_head = i_bh % Hkv
-    dependent_launch.wait(IS_DEPENDENT)
-    start, end = masks.load_kv_range(p_range, stride_range, i_b, S)
+    p_k = p_key + i_b * stride_key[0] + i_kv_head.to(tl.int64) * stride_key[1]
+    p_v = p_value + i_b * stride_value[0] + i_kv_head.to(tl.int64) * stride_value[1]
 
     # Row r of the packed tile is head r % G of query token r // G.
     o_packed = i_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     o_token = o_packed // G
     o_head = i_kv_head * G + o_packed % G
     m_row = o_packed < G * Q
+    # The tile's first and last tokens, counted from the end of the range.
+    first_token = i_tile * BLOCK_M // G - Q
+    last_token = tl.minimum((i_tile * BLOCK_M + BLOCK_M - 1) // G - Q, -1)
+    p_q = p_query + i_b * stride_query[0] + o_head.to(tl.int64)[:, None] * stride_query[1]
+    p_q = p_q + o_token.to(tl.int64)[:, None] * stride_query[2]
+    if IS_DEPENDENT:
+        # Rows past the last ask for the tensor's first row.
+        dependent_launch.prefetch_rows(tl.where(m_row[:, None], p_q, p_query), D)
+        start, end = masks.load_kv_range(p_range, stride_range, i_b, S, IS_HINT=True)
+        low, high = masks.visible_bounds(start, end, end + first_token, end + last_token, window, IS_CAUSAL, HAS_WINDOW)
+        shares.prefetch(
+            p_k, stride_key[2], p_v, stride_value[2], low, S, i_split, num_splits, D, Dv, BLOCK_N, PREFETCHED_SLOTS
+        )
+    dependent_launch.wait(IS_DEPENDENT)
+    # Not before: the kernels behind the next one would start as well, and crowd onto some of the processors.
+    dependent_launch.launch_dependents(IS_DEPENDENT)
+    start, end = masks.load_kv_range(p_range, stride_range, i_b, S)
     o_column = end - Q + o_token
-    first_column = end - Q + i_tile * BLOCK_M // G
-    last_column = tl.minimum(end - Q + (i_tile * BLOCK_M + BLOCK_M - 1) // G, end - 1)
-    low, high = masks.visible_bounds(start, end, first_column, last_column, window, IS_CAUSAL, HAS_WINDOW)
-    share = tl.cdiv(tl.cdiv(high - low, num_splits), _SHARE) * _SHARE
-    split_low = tl.minimum(low + i_split * share, high)
-    split_high = tl.minimum(split_low + share, high)
+    low, high = masks.visible_bounds(start, end, end + first_token, end + last_token, window, IS_CAUSAL, HAS_WINDOW)
 
     o_d = tl.arange(0, BLOCK_D)
     o_dv = tl.arange(0, BLOCK_DV)
     m_d = o_d < D
     m_dv = o_dv < Dv
-    p_q = p_query + i_b * stride_query[0] + o_head.to(tl.int64)[:, None] * stride_query[1]
-    p_q = p_q + o_token.to(tl.int64)[:, None] * stride_query[2] + o_d[None, :]
     o_first = tl.arange(0, BLOCK_N).to(tl.int64)
-    p_k = p_key + i_b * stride_key[0] + i_kv_head.to(tl.int64) * stride_key[1]
     p_k = p_k + o_first[:, None] * stride_key[2] + o_d[None, :]
-    p_v = p_value + i_b * stride_value[0] + i_kv_head.to(tl.int64) * stride_value[1]
     p_v = p_v + o_first[:, None] * stride_value[2] + o_dv[None, :]
 
     # [BLOCK_M, BLOCK_D]
-    b_q = softmax.sign_query(masks.load_tile(p_q, m_row, m_d, MASK_D).to(DOT_DTYPE), QUERY_SIGN)
+    b_q = softmax.sign_query(masks.load_tile(p_q + o_d[None, :], m_row, m_d, MASK_D).to(DOT_DTYPE), QUERY_SIGN)
     b_o = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
     b_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
-    for i_n in tl.range(split_low, split_high, BLOCK_N):
+    for i_n in tl.range(low + i_split * BLOCK_N, high, num_splits * BLOCK_N):
         o_slot = i_n + tl.arange(0, BLOCK_N)
-        m_slot = o_slot < split_high
+        m_slot = o_slot < high
         first = tl.cast(i_n, tl.int64)
         # [BLOCK_N, BLOCK_D] and [BLOCK_N, BLOCK_DV]
         b_k = masks.load_tile(p_k + first * stride_key[2], m_slot, m_d, MASK_D).to(DOT_DTYPE)
@@ -112,7 +118,7 @@ def _decode_kernel(
         b_s = softmax.scores(b_q, b_k, before_cap, softcap, HAS_SOFTCAP)
         # The bounds of a single token are its whole mask.
         b_s = masks.mask_scores(
-            b_s, o_slot, o_column, split_low, split_high, window,
+            b_s, o_slot, o_column, low, high, window,
             IS_CAUSAL and not IS_SINGLE_TOKEN, HAS_WINDOW and not IS_SINGLE_TOKEN,
         )  # fmt: skip
         b_p, b_o, b_max, b_sum = softmax.update(b_s, b_o, b_max, b_sum, to_log2)
@@ -145,11 +151,11 @@ def decode_attention(
     is_causal: bool,
     window: int,
     softcap: float,
-    num_splits: int,
-    tiles: Tiles,
+    plan: DecodePlan,
     is_dependent: bool,
 ) -> None:
     """Writes attention into output `[B, Hq, Q, Dv]` and, if given, lse (contiguous `[B, Hq, Q]`); B, Q > 0."""
+    tiles, num_splits = plan.tiles, plan.num_splits
     batch, num_query_heads, query_len, head_dim = query.shape
     num_kv_heads, value_dim = key.shape[1], value.shape[3]
     group = num_query_heads // num_kv_heads
@@ -196,6 +202,7 @@ def decode_attention(
         QUERY_SIGN=scores.query_sign,
         IS_SINGLE_TOKEN=query_len == 1,
         IS_SPLIT=partials is not None,
+        PREFETCHED_SLOTS=plan.prefetched_slots,
         DOT_DTYPE=softmax.dot_dtype(query.dtype),
         IS_DEPENDENT=is_dependent,
         num_warps=tiles.num_warps,

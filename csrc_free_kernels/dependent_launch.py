@@ -35,6 +35,16 @@ def wait(IS_DEPENDENT: tl.constexpr):
 
 
 @triton.jit
+def prefetch_rows(p_row, D: tl.constexpr):
+    """Asks for D elements from each of the addresses [N, 1] on."""
+    LINE: tl.constexpr = LINE_BYTES // (p_row.dtype.element_ty.primitive_bitwidth // 8)
+    o_d = tl.arange(0, triton.next_power_of_2(triton.cdiv(D, LINE))) * LINE
+    if D % LINE != 0:
+        o_d = tl.minimum(o_d, D - 1)
+    prefetch_l2(p_row + o_d[None, :])
+
+
+@triton.jit
 def prefetch_l2(p_lines):
     """Asks for the 128-byte lines at a tensor of addresses."""
     tl.inline_asm_elementwise(

@@ -12,7 +12,8 @@ import triton.language as tl
 
 from csrc_free_kernels import dependent_launch, linear_portable, softmax
 from csrc_free_kernels.launch import Launcher
-from csrc_free_kernels.tuning import LinearTiles, ceil_div, is_one_row_at_a_time
+from csrc_free_kernels.linear_tuning import LinearTiles, is_one_row_at_a_time
+from csrc_free_kernels.tuning import ceil_div
 
 
 @Launcher

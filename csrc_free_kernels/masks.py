@@ -12,15 +12,18 @@ def clamp_range(start, end, S):
 
 
 @triton.jit
-def load_kv_range(p_range, stride_range, i_b, S):
-    """(start, end) of batch i_b: end clamped to [0, S], then start to [0, end]. Without a pointer, (0, S)."""
+def load_kv_range(p_range, stride_range, i_b, S, IS_HINT: tl.constexpr = False):
+    """(start, end) of batch i_b: end clamped to [0, S], then start to [0, end]. Without a pointer, (0, S).
+
+    IS_HINT: for a range that may be about to change: nothing of it is kept for a later load.
+    """
     if p_range is None:
         start = S * 0
         end = S
     else:
         p_start = p_range + i_b * stride_range[0]
-        end = tl.load(p_start + stride_range[1])
-        start, end = clamp_range(tl.load(p_start), end, S)
+        end = tl.load(p_start + stride_range[1], volatile=IS_HINT)
+        start, end = clamp_range(tl.load(p_start, volatile=IS_HINT), end, S)
     return start, end
 
 

@@ -8,12 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
-from csrc_free_kernels import combine, dependent_launch, masks, softmax
+from csrc_free_kernels import combine, dependent_launch, masks, shares, softmax
 from csrc_free_kernels.launch import Launcher
-from csrc_free_kernels.tuning import PREFETCHED_BYTES, SLOTS_PER_SHARE, Tiles, ceil_div, next_power_of_2
-
-_SHARE = tl.constexpr(SLOTS_PER_SHARE)
-_PREFETCHED_SLOTS = tl.constexpr(64)
+from csrc_free_kernels.tuning import PREFETCHED_BYTES, DecodePlan, ceil_div, next_power_of_2
 
 
 @triton.jit
@@ -45,37 +42,14 @@ def _load_rotated(p_rows, m_row, p_cos, p_sin, D: tl.constexpr, BLOCK_D: tl.cons
 
 
 @triton.jit
-def _prefetch_share(
-    p_key, stride_key, p_value, stride_value, p_range, stride_range, i_split, num_splits, S, window,
-    D: tl.constexpr, Dv: tl.constexpr, HAS_WINDOW: tl.constexpr,
-):  # fmt: skip
-    """Asks for the first slots of the split's share while the kernel ahead still runs.
-
-    The range may be about to change, so it is a hint here and read again later: any slot inside the cache will do.
-    """
-    end = tl.minimum(tl.maximum(tl.load(p_range + stride_range, volatile=True), 1), S)
-    start = tl.minimum(tl.maximum(tl.load(p_range, volatile=True), 0), end)
-    low, _ = masks.visible_bounds(start, end, end - 1, end - 1, window, False, HAS_WINDOW)
-    share = tl.cdiv(tl.cdiv(end - low, num_splits), _SHARE) * _SHARE
-    o_slot = low + i_split * share + tl.arange(0, _PREFETCHED_SLOTS)
-    o_slot = tl.maximum(tl.minimum(o_slot, S - 1), 0).to(tl.int64)[:, None]
-    WIDTH: tl.constexpr = p_key.dtype.element_ty.primitive_bitwidth // 8
-    LINE: tl.constexpr = dependent_launch.LINE_BYTES // WIDTH
-    o_key = tl.arange(0, triton.next_power_of_2(triton.cdiv(D, LINE)))[None, :] * LINE
-    o_value = tl.arange(0, triton.next_power_of_2(triton.cdiv(Dv, LINE)))[None, :] * LINE
-    dependent_launch.prefetch_l2(p_key + o_slot * stride_key + tl.minimum(o_key, D - 1))
-    dependent_launch.prefetch_l2(p_value + o_slot * stride_value + tl.minimum(o_value, Dv - 1))
-
-
-@triton.jit
 def _prefetch_next(p_next, num_lines, BLOCK: tl.constexpr):
     """Asks for the program's share of the next kernel's lines."""
     ELEMENTS: tl.constexpr = dependent_launch.LINE_BYTES // (p_next.dtype.element_ty.primitive_bitwidth // 8)
     share = tl.cdiv(num_lines, tl.num_programs(0))
-    o_first = tl.program_id(0) * share
-    for i_line in tl.range(0, share, BLOCK):
-        o_line = tl.minimum(i_line + tl.arange(0, BLOCK), share - 1)
-        o_line = tl.minimum(o_first + o_line, num_lines - 1)
+    first = tl.program_id(0) * share
+    last = tl.minimum(first + share, num_lines) - 1
+    for i_line in tl.range(first, last + 1, BLOCK):
+        o_line = tl.minimum(i_line + tl.arange(0, BLOCK), last)
         dependent_launch.prefetch_l2(p_next + o_line.to(tl.int64) * ELEMENTS)
 
 
@@ -127,6 +101,7 @@ def _rope_decode_kernel(
     HAS_SOFTCAP: tl.constexpr,
     QUERY_SIGN: tl.constexpr,
     IS_SPLIT: tl.constexpr,
+    PREFETCHED_SLOTS: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
     IS_DEPENDENT: tl.constexpr,
 ):
@@ -140,19 +115,18 @@ def _rope_decode_kernel(
     p_k = p_key_cache + i_b * stride_key_cache[0] + i_kv_head.to(tl.int64) * stride_key_cache[1]
     p_v = p_value_cache + i_b * stride_value_cache[0] + i_kv_head.to(tl.int64) * stride_value_cache[1]
     if IS_DEPENDENT:
-        _prefetch_share(
-            p_k, stride_key_cache[2], p_v, stride_value_cache[2], p_range + i_b * stride_range[0], stride_range[1],
-            i_split, num_splits, S, window, D, Dv, HAS_WINDOW,
+        start, end = masks.load_kv_range(p_range, stride_range, i_b, S, IS_HINT=True)
+        low, _ = masks.visible_bounds(start, end, end - 1, end - 1, window, False, HAS_WINDOW)
+        shares.prefetch(
+            p_k, stride_key_cache[2], p_v, stride_value_cache[2], low, S, i_split, num_splits, D, Dv, BLOCK_N,
+            PREFETCHED_SLOTS,
         )  # fmt: skip
     dependent_launch.wait(IS_DEPENDENT)
     start, end, has_slot = _load_slot_range(p_range, stride_range, i_b, S)
 
-    # The cached slots [low, high) that the new token sees, and this split's share of them.
+    # The cached slots [low, high) that the new token sees.
     low, _ = masks.visible_bounds(start, end, end - 1, end - 1, window, False, HAS_WINDOW)
     high = tl.maximum(low, end - 1)
-    share = tl.cdiv(tl.cdiv(high - low, num_splits), _SHARE) * _SHARE
-    split_low = tl.minimum(low + i_split * share, high)
-    split_high = tl.minimum(split_low + share, high)
 
     # Row r of the tile is head r of the group.
     o_row = i_tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -192,15 +166,14 @@ def _rope_decode_kernel(
     b_sum = tl.zeros([BLOCK_M], dtype=tl.float32) + tl.where(has_slot, tl.where(sees_new, 1.0, 0.0), float("nan"))
     b_o = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32) + tl.where(sees_new, b_new_v.to(tl.float32), 0.0)
 
-    o_first = tl.arange(0, BLOCK_N).to(tl.int64)
-    p_k = p_k + o_first[:, None] * stride_key_cache[2]
-    p_v = p_v + o_first[:, None] * stride_value_cache[2]
-    for i_n in tl.range(split_low, split_high, BLOCK_N):
-        m_slot = i_n + tl.arange(0, BLOCK_N) < split_high
-        first = tl.cast(i_n, tl.int64)
+    for i_n in tl.range(low + i_split * BLOCK_N, high, num_splits * BLOCK_N):
+        o_slot = i_n + tl.arange(0, BLOCK_N)
+        m_slot = o_slot < high
+        # Not added up once for all, which took too many registers.
+        o_far = o_slot.to(tl.int64)[:, None]
         # [BLOCK_N, BLOCK_D] and [BLOCK_N, BLOCK_DV]
-        b_k = masks.load_tile(p_k + first * stride_key_cache[2], m_slot, m_d, MASK_D).to(DOT_DTYPE)
-        b_v = masks.load_tile(p_v + first * stride_value_cache[2], m_slot, m_dv, MASK_DV).to(DOT_DTYPE)
+        b_k = masks.load_tile(p_k + o_far * stride_key_cache[2], m_slot, m_d, MASK_D).to(DOT_DTYPE)
+        b_v = masks.load_tile(p_v + o_far * stride_value_cache[2], m_slot, m_dv, MASK_DV).to(DOT_DTYPE)
         b_s = softmax.scores(b_q, b_k, before_cap, softcap, HAS_SOFTCAP)
         b_s = tl.where(m_slot[None, :], b_s, float("-inf"))
         b_p, b_o, b_max, b_sum = softmax.update(b_s, b_o, b_max, b_sum, to_log2)
@@ -236,15 +209,15 @@ def rope_append_attention(
     scale: float,
     window: int,
     softcap: float,
-    num_splits: int,
     next_weight: torch.Tensor | None,
-    tiles: Tiles,
+    plan: DecodePlan,
     is_dependent: bool,
 ) -> None:
     """Appends the rotated key and value `[B, Hkv, 1, D or Dv]`, and writes attention into output `[B, Hq, 1, Dv]`.
 
     cos and sin are `[B or 1, 1, D]`; B > 0. next_weight is contiguous.
     """
+    tiles, num_splits = plan.tiles, plan.num_splits
     batch, num_query_heads, _, head_dim = query.shape
     num_kv_heads, value_dim = key_cache.shape[1], value_cache.shape[3]
     group = num_query_heads // num_kv_heads
@@ -300,6 +273,7 @@ def rope_append_attention(
         HAS_SOFTCAP=softcap > 0,
         QUERY_SIGN=scores.query_sign,
         IS_SPLIT=partials is not None,
+        PREFETCHED_SLOTS=plan.prefetched_slots,
         DOT_DTYPE=softmax.dot_dtype(query.dtype),
         IS_DEPENDENT=is_dependent,
         num_warps=tiles.num_warps,

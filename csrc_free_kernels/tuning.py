@@ -30,25 +30,6 @@ class HopperTiles:
     num_programs: int = 0
 
 
-@dataclass(frozen=True)
-class LinearTiles:
-    """How a linear kernel is cut: rows of the input, rows of weights and depth a tile, warps, loads in flight.
-
-    has_ring: whether Hopper's kernel runs it, which keeps the loads in flight in a ring of so many slots.
-    prefetched_bytes: of the weights, about what all programs together may ask the L2 for while the kernel ahead still
-    runs; at the least a line of 128 bytes for each row of weights. Enough to keep the memory busy between two
-    kernels; more delays what the kernel ahead still has to load.
-    """
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-    prefetched_bytes: int = 8 * 2**20
-    has_ring: bool = False
-
-
 Table = dict[tuple[int, int], Tiles]
 
 # Tiles by (padded head dim, bytes an element). Shared memory and registers bound them: 16-bit kernels must not spill.
@@ -75,43 +56,39 @@ _FLOAT32_DECODE: Table = {
     (256, 4): Tiles(16, 16, 8, 1),
 }
 _DECODE: dict[str, Table] = {
-    "hopper": {(64, 2): Tiles(64, 32, 4, 4), (128, 2): Tiles(64, 32, 4, 4), (256, 2): Tiles(32, 32, 4, 3)},
     "ampere": {(64, 2): Tiles(64, 32, 4, 4), (128, 2): Tiles(64, 32, 4, 4), (256, 2): Tiles(32, 32, 4, 3)},
     "small": {(64, 2): Tiles(64, 64, 4, 2), (128, 2): Tiles(32, 64, 4, 2), (256, 2): Tiles(32, 32, 4, 2)},
 }
-# A single token's mask is its bounds, which leaves registers for more slots at a time.
-_HOPPER_ROPE: Table = {(64, 2): Tiles(16, 128, 4, 2), (128, 2): Tiles(16, 128, 4, 2)}
-# Linear layers of several rows, by the largest number of them: for outputs that one wave of programs covers, and wider.
-_LINEAR = {
-    "ampere": {16: (LinearTiles(16, 32, 256, 4, 6), LinearTiles(16, 32, 256, 4, 3)),
-               32: (LinearTiles(32, 32, 256, 4, 4), LinearTiles(32, 32, 256, 4, 2))},
-    "small": {16: (LinearTiles(16, 32, 128, 4, 4), LinearTiles(16, 32, 128, 4, 3)),
-              32: (LinearTiles(32, 32, 128, 4, 3), LinearTiles(32, 32, 128, 4, 2))},
-}  # fmt: skip
-# Hopper's linear kernel: one depth and one number of warps for all, so that sums run in one order and the bits of a row
-# do not depend on how many others there are.
-_RING_BLOCK_K = 256
-_RING_NUM_WARPS = 4
-# Where one program a processor covers the output, its own loads must keep the memory busy. Elsewhere two fit on a
-# processor, so that one loads while the other starts or ends.
-_RING_SLOTS_OF_ONE_WAVE = 6
-_RING_MAX_SLOTS = 4
-_HALF_OF_SHARED_MEMORY = 113 * 1024
+# On Hopper, where one wave of programs covers the GPU, one fills a processor's shared memory: smaller ones crowd onto
+# some processors, and leave others without work, when they start while the kernel ahead still runs. By the length of
+# their shares, more loads in flight or longer tiles pay. Where programs follow each other, several share a processor.
+_HOPPER_DECODE: dict[str, Table] = {
+    "short": {(64, 2): Tiles(64, 128, 4, 5), (128, 2): Tiles(64, 64, 4, 5), (256, 2): Tiles(32, 64, 8, 3)},
+    "long": {(64, 2): Tiles(64, 128, 4, 5), (128, 2): Tiles(64, 128, 8, 3), (256, 2): Tiles(32, 64, 8, 3)},
+    "waves": {(64, 2): Tiles(64, 128, 4, 4), (128, 2): Tiles(32, 128, 4, 2), (256, 2): Tiles(32, 32, 4, 3)},
+    # Of whatever shares, for head dims that are no power of two: their masks take registers too.
+    "masked": {(64, 2): Tiles(32, 64, 8, 5), (128, 2): Tiles(32, 64, 8, 5), (256, 2): Tiles(16, 32, 8, 5)},
+}
 # Every other GPU gets the tables that fit 64 KB of shared memory.
-_GENERATION = {"sm_90": "hopper", "sm_80": "ampere", "sm_100": "ampere", "sm_103": "ampere"}
+GENERATION = {"sm_90": "hopper", "sm_80": "ampere", "sm_100": "ampere", "sm_103": "ampere"}
 # Tensor cores multiply no fewer rows, and no shorter ones.
-_MIN_DOT_SIZE = 16
+MIN_DOT_SIZE = 16
 # Query tokens up to which the split kernel serves; beyond, prefill has enough tiles of its own.
 MAX_DECODE_TOKENS = 16
-# Splits share a KV range in units of this many slots.
-SLOTS_PER_SHARE = 16
+# A share that is worth a program, and the least that a caller may ask for.
+_MIN_SLOTS_PER_SPLIT = 64
+_MIN_SLOTS_OF_A_WISH = 16
+_MAX_SPLITS = 128
+_LONG_SHARE = 1024
+# Of a split's share, asked for ahead: all programs together no more than what memory delivers between two kernels.
+_FEW_SLOTS, _MANY_SLOTS = 64, 128
 # Of the next kernel's weights, what decode's attention brings into the L2 while the memory would idle.
 PREFETCHED_BYTES = 8 * 2**20
-_MIN_SLOTS_PER_SPLIT = 64
-_MAX_SPLITS = 128
-_WAVES = 2
-# Beyond this depth the matrix-vector kernel reads more rows at a time.
-_LONG_DEPTH = 8192
+# Decode's programs that a processor holds at a time, where they do not fill it.
+_PROGRAMS_PER_PROCESSOR = 2
+# More waves than this only add partial results; fewer are enough if they keep this share of the GPU busy.
+_MAX_WAVES = 5
+_BUSY_ENOUGH = 0.85
 
 
 def architecture(device: torch.device) -> str:
@@ -142,7 +119,7 @@ def prefill_tiles(arch: str, dtype: torch.dtype, head_dim: int) -> Tiles:
         >>> prefill_tiles("sm_90", torch.bfloat16, 128)
         Tiles(block_m=128, block_n=64, num_warps=8, num_stages=3)
     """
-    table = _PREFILL[_GENERATION.get(arch, "small")] | _FLOAT32_PREFILL
+    table = _PREFILL[GENERATION.get(arch, "small")] | _FLOAT32_PREFILL
     return table[_table_key(dtype, head_dim)]
 
 
@@ -156,103 +133,82 @@ def hopper_prefill_tiles(head_dim: int, num_multiprocessors: int) -> HopperTiles
     return replace(_HOPPER_PREFILL[padded_head_dim(head_dim)], num_programs=num_multiprocessors)
 
 
-@functools.cache
-def decode_tiles(arch: str, dtype: torch.dtype, head_dim: int, num_rows: int) -> Tiles:
-    """Tiles of the split-KV decode kernel for num_rows = group * query_len packed rows.
+@dataclass(frozen=True)
+class DecodePlan:
+    """How a split-KV kernel is cut: its tiles, splits of each KV range, and of each split's slots, how many it asks the
+    L2 for while the kernel ahead still runs."""
 
-    Example:
-        >>> decode_tiles("sm_90", torch.bfloat16, 128, num_rows=4)
-        Tiles(block_m=16, block_n=32, num_warps=4, num_stages=4)
-    """
-    table = _DECODE[_GENERATION.get(arch, "small")] | _FLOAT32_DECODE
-    largest = table[_table_key(dtype, head_dim)]
-    rows = min(largest.block_m, max(_MIN_DOT_SIZE, next_power_of_2(num_rows)))
-    return replace(largest, block_m=rows)
+    tiles: Tiles
+    num_splits: int
+    prefetched_slots: int = _FEW_SLOTS
 
 
 @functools.cache
-def rope_decode_tiles(arch: str, dtype: torch.dtype, head_dim: int, group: int) -> Tiles:
-    """Tiles of the rotating decode kernel, for one token of `group` heads a KV head.
-
-    Example:
-        >>> rope_decode_tiles("sm_90", torch.bfloat16, 128, group=4)
-        Tiles(block_m=16, block_n=128, num_warps=4, num_stages=2)
-    """
-    key = _table_key(dtype, head_dim)
-    if _GENERATION.get(arch) == "hopper" and group <= _MIN_DOT_SIZE and key in _HOPPER_ROPE:
-        return _HOPPER_ROPE[key]
-    return decode_tiles(arch, dtype, head_dim, num_rows=group)
-
-
-def is_one_row_at_a_time(num_rows: int, dtype: torch.dtype) -> bool:
-    """Whether linear layers run a matrix-vector kernel for each row: tensor cores pay from two 16-bit rows on."""
-    return num_rows == 1 or dtype == torch.float32
-
-
-@functools.cache
-def linear_tiles(
+def plan_decode(
     arch: str,
     dtype: torch.dtype,
+    head_dim: int,
+    *,
     num_rows: int,
-    num_columns: int,
-    depth: int,
+    num_heads: int,
+    kv_len: int,
     num_multiprocessors: int,
-    is_aligned: bool,
-) -> LinearTiles:
-    """Tiles of the linear kernels for num_rows rows of depth elements and num_columns rows of weights.
+    num_splits: int = 0,
+) -> DecodePlan:
+    """How a split-KV kernel is cut, from shapes alone.
 
     Args:
-        is_aligned: whether rows and weights can be copied by 16 bytes.
-
-    Example:
-        >>> sizes = dict(num_columns=6144, depth=4096, num_multiprocessors=132, is_aligned=True)
-        >>> linear_tiles("sm_90", torch.bfloat16, num_rows=1, **sizes).block_k
-        2048
-        >>> linear_tiles("sm_90", torch.bfloat16, num_rows=8, **sizes).has_ring
-        True
-    """
-    if is_one_row_at_a_time(num_rows, dtype):
-        num_warps = 8 if depth > _LONG_DEPTH else 4
-        block_k = min(4096 // dtype.itemsize, next_power_of_2(depth))
-        # Eight loads of 16 bytes in flight a thread.
-        block_n = num_warps * 32 * (128 // dtype.itemsize) // block_k
-        return LinearTiles(1, block_n, block_k, num_warps, num_stages=1, prefetched_bytes=2 * 2**20)
-    generation = _GENERATION.get(arch, "small")
-    if generation == "hopper" and is_aligned:
-        return _ring_tiles(num_rows, ceil_div(num_columns, num_multiprocessors))
-    one_wave, wider = _LINEAR["small" if generation == "small" else "ampere"][16 if num_rows <= 16 else 32]
-    tiles = one_wave if num_columns <= num_multiprocessors * one_wave.block_n else wider
-    return replace(tiles, block_k=min(tiles.block_k, max(_MIN_DOT_SIZE, next_power_of_2(depth))))
-
-
-def _ring_tiles(num_rows: int, columns_per_multiprocessor: int) -> LinearTiles:
-    block_m = 8 if num_rows <= 8 else 16 if num_rows <= 16 else 32
-    block_n = 32 if columns_per_multiprocessor <= 64 else 64
-    slot_bytes = (block_m + block_n) * _RING_BLOCK_K * 2
-    num_slots = min(_RING_MAX_SLOTS, _HALF_OF_SHARED_MEMORY // slot_bytes)
-    if columns_per_multiprocessor <= block_n:
-        num_slots = _RING_SLOTS_OF_ONE_WAVE
-    return LinearTiles(block_m, block_n, _RING_BLOCK_K, _RING_NUM_WARPS, num_slots, prefetched_bytes=0, has_ring=True)
-
-
-def choose_num_splits(num_programs: int, kv_len: int, num_multiprocessors: int) -> int:
-    """Splits of each KV range, from shapes alone: enough programs to fill the GPU, shares worth a launch.
-
-    Args:
-        num_programs: programs that one split would give (batch * KV heads * row tiles).
+        head_dim: the larger of D and Dv.
+        num_rows: packed rows of a KV head (group * query_len).
+        num_heads: KV heads of all sequences (batch * Hkv).
         kv_len: S, the slots of the cache, not its current length: the host never reads that.
+        num_splits: at most so many; 0 chooses.
 
     Example:
-        >>> choose_num_splits(num_programs=8, kv_len=8192, num_multiprocessors=132)
-        33
+        >>> sizes = dict(num_rows=4, kv_len=8192, num_multiprocessors=132)
+        >>> plan_decode("sm_90", torch.bfloat16, 128, num_heads=8, **sizes)
+        DecodePlan(tiles=Tiles(block_m=16, block_n=64, num_warps=4, num_stages=5), num_splits=16, prefetched_slots=128)
+        >>> plan_decode("sm_90", torch.bfloat16, 128, num_heads=256, **sizes)
+        DecodePlan(tiles=Tiles(block_m=16, block_n=128, num_warps=4, num_stages=2), num_splits=1, prefetched_slots=64)
     """
-    wanted = (_WAVES * num_multiprocessors) // max(num_programs, 1)
-    return max(1, min(wanted, kv_len // _MIN_SLOTS_PER_SPLIT, _MAX_SPLITS))
+    key = _table_key(dtype, head_dim)
+    is_hopper = GENERATION.get(arch) == "hopper" and dtype.itemsize == 2
+    is_masked = head_dim != next_power_of_2(head_dim)
+    largest = _HOPPER_DECODE["masked" if is_masked else "waves"][key] if is_hopper else _decode_table(arch)[key]
+    block_m = min(largest.block_m, max(MIN_DOT_SIZE, next_power_of_2(num_rows)))
+    num_programs = num_heads * ceil_div(num_rows, block_m)
+    num_places = num_multiprocessors * (1 if is_hopper else _PROGRAMS_PER_PROCESSOR)
+    if num_splits > 0:
+        num_splits = min(num_splits, kv_len // _MIN_SLOTS_OF_A_WISH, _MAX_SPLITS)
+    else:
+        num_splits = min(_fill_waves(num_programs, num_places), kv_len // _MIN_SLOTS_PER_SPLIT, _MAX_SPLITS)
+    num_splits = max(num_splits, 1)
+    share = kv_len // num_splits
+    is_one_wave = num_programs * num_splits <= num_places
+    if is_hopper and is_one_wave and not is_masked:
+        largest = _HOPPER_DECODE["long" if share >= _LONG_SHARE else "short"][key]
+    return DecodePlan(
+        replace(largest, block_m=block_m),
+        num_splits,
+        _MANY_SLOTS if is_one_wave and share >= 2 * _MANY_SLOTS else _FEW_SLOTS,
+    )
 
 
-def bound_num_splits(num_splits: int, kv_len: int) -> int:
-    """At most num_splits, and no more than there are shares to give."""
-    return max(1, min(num_splits, kv_len // SLOTS_PER_SHARE, _MAX_SPLITS))
+def _decode_table(arch: str) -> Table:
+    return _DECODE["ampere" if GENERATION.get(arch, "small") != "small" else "small"] | _FLOAT32_DECODE
+
+
+def _fill_waves(num_programs: int, num_places: int) -> int:
+    """The smallest number of splits with which whole waves of programs keep most of the GPU busy."""
+    best_share, best_splits = 0.0, 1
+    for num_waves in range(1, _MAX_WAVES + 1):
+        num_splits = num_waves * num_places // max(num_programs, 1)
+        share = num_programs * num_splits / (num_waves * num_places)
+        if share >= _BUSY_ENOUGH:
+            return num_splits
+        if share > best_share:
+            best_share, best_splits = share, num_splits
+    return best_splits
 
 
 def _device_facts(device: torch.device) -> tuple[str, int]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from csrc_free_kernels import argmax as argmax_kernels
-from csrc_free_kernels import decode, kv_append, prefill, rope_decode, tuning
+from csrc_free_kernels import decode, kv_append, linear_tuning, prefill, rope_decode, tuning
 from csrc_free_kernels import linear as linear_kernels
 from csrc_free_kernels import step_input as step_input_kernels
 from csrc_free_kernels.tuning import HopperTiles, Tiles
@@ -55,9 +55,14 @@ def attention(
             )
             return
         arch = tuning.architecture(query.device)
-        num_rows = num_query_heads // num_kv_heads * query_len
-        tiles = tuning.decode_tiles(arch, query.dtype, max(head_dim, value.shape[3]), num_rows)
-        num_programs = batch * num_kv_heads * tuning.ceil_div(num_rows, tiles.block_m)
+        plan = tuning.plan_decode(
+            *(arch, query.dtype, max(head_dim, value.shape[3])),
+            num_rows=num_query_heads // num_kv_heads * query_len,
+            num_heads=batch * num_kv_heads,
+            kv_len=kv_len,
+            num_multiprocessors=tuning.num_multiprocessors(query.device),
+            num_splits=num_splits,
+        )
         decode.decode_attention(
             query,
             key,
@@ -70,8 +75,7 @@ def attention(
             is_causal=is_causal,
             window=window,
             softcap=softcap,
-            num_splits=_effective_num_splits(num_splits, num_programs, kv_len, query.device),
-            tiles=tiles,
+            plan=plan,
             is_dependent=tuning.supports_dependent_launch(arch),
         )
 
@@ -120,9 +124,14 @@ def rope_append_attention(
         output.fill_(torch.nan)
         return
     arch = tuning.architecture(query.device)
-    group = num_query_heads // num_kv_heads
-    tiles = tuning.rope_decode_tiles(arch, query.dtype, max(head_dim, value_cache.shape[3]), group=group)
-    num_programs = batch * num_kv_heads * tuning.ceil_div(group, tiles.block_m)
+    plan = tuning.plan_decode(
+        *(arch, query.dtype, max(head_dim, value_cache.shape[3])),
+        num_rows=num_query_heads // num_kv_heads,
+        num_heads=batch * num_kv_heads,
+        kv_len=kv_len,
+        num_multiprocessors=tuning.num_multiprocessors(query.device),
+        num_splits=num_splits,
+    )
     with torch.cuda.device(query.device):
         rope_decode.rope_append_attention(
             query,
@@ -138,18 +147,11 @@ def rope_append_attention(
             scale=scale,
             window=min(window, kv_len),
             softcap=softcap,
-            num_splits=_effective_num_splits(num_splits, num_programs, kv_len, query.device),
             next_weight=next_weight,
-            tiles=tiles,
+            plan=plan,
             is_dependent=tuning.supports_dependent_launch(arch),
         )
     _increment_versions(key_cache, value_cache)
-
-
-def _effective_num_splits(num_splits: int, num_programs: int, kv_len: int, device: torch.device) -> int:
-    if num_splits > 0:
-        return tuning.bound_num_splits(num_splits, kv_len)
-    return tuning.choose_num_splits(num_programs, kv_len, tuning.num_multiprocessors(device))
 
 
 def _increment_versions(*caches: Tensor) -> None:
@@ -184,7 +186,7 @@ def linear(
             residual=None if residual is None else residual.reshape(-1, output.shape[-1]).contiguous(),
             is_gated=is_gated,
             has_constant_weights=has_constant_weights,
-            tiles=tuning.linear_tiles(
+            tiles=linear_tuning.linear_tiles(
                 arch,
                 rows.dtype,
                 num_rows=rows.shape[0],

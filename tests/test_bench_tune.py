@@ -9,13 +9,14 @@ import torch
 from typer.testing import CliRunner
 
 from bench import tune
-from csrc_free_kernels import tuning
-from csrc_free_kernels.tuning import LinearTiles, Tiles
+from csrc_free_kernels import linear_tuning, tuning
+from csrc_free_kernels.linear_tuning import LinearTiles
+from csrc_free_kernels.tuning import DecodePlan, Tiles
 
 
 def shipped(batch: int) -> tune.Choice:
     choice: tune.Choice = {
-        kind: tuning.linear_tiles(
+        kind: linear_tuning.linear_tiles(
             "sm_90",
             torch.bfloat16,
             num_rows=batch,
@@ -26,7 +27,7 @@ def shipped(batch: int) -> tune.Choice:
         )
         for kind, (columns, depth) in tune.LINEAR_KINDS.items()
     }
-    return choice | {"attention": tune.Attention(Tiles(16, 64, 4, 2), num_splits=33)}
+    return choice | {"attention": DecodePlan(Tiles(16, 64, 4, 2), num_splits=33)}
 
 
 def test_a_candidate_that_cannot_run_is_never_the_best():
@@ -51,10 +52,11 @@ def test_launches_take_the_chosen_tiles():
     other = LinearTiles(1, 2, 2048, 2, 1)
     with tune.tuned(choice | {"down": other}):
         for kind, (columns, depth) in tune.LINEAR_KINDS.items():
-            tiles = tuning.linear_tiles("sm_90", torch.bfloat16, num_columns=columns, depth=depth)
+            tiles = linear_tuning.linear_tiles("sm_90", torch.bfloat16, num_columns=columns, depth=depth)
             assert tiles == (other if kind == "down" else choice[kind])
-        assert tuning.choose_num_splits(8, 2112, 132) == 33
-    assert tuning.choose_num_splits(1, 64, 132) == 1
+        assert tuning.plan_decode("sm_90", torch.bfloat16, 128) == choice["attention"]
+    with pytest.raises(TypeError):
+        tuning.plan_decode("sm_90", torch.bfloat16, 128)
 
 
 @pytest.mark.gpu

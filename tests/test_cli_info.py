@@ -94,10 +94,10 @@ GPUs
 Kernels
   cuda:0  prefill  Triton tiled      over 16 query tokens; sm_90: 128x64 tiles, 8 warps, 3 stages
   cuda:0  prefill  Gluon for Hopper  the same in 16 bits, without softcap; sm_90: specialised warps
-  cuda:0  decode   Triton split-KV   up to 16 query tokens; sm_90: 16x32 tiles, 4 warps, 4 stages
+  cuda:0  decode   Triton split-KV   up to 16 query tokens; sm_90: 16x64 tiles, 4 warps, 5 stages
   cuda:0  append   Triton append     new tokens into a static cache
   cpu     all      CPU (torch SDPA)  for tensors on the CPU; softcap, sinks, lse: dense float32
-  Tiles (query rows x KV slots) are those of bfloat16 at head dim 128.""",
+  Tiles (query rows x KV slots) are those of bfloat16 at head dim 128, and one sequence.""",
     )
 
 

@@ -23,6 +23,8 @@ from flashcore_ops.commands.peak_memory import GIB
 # The shape that the tiles are shown for; every other shape has its own.
 SHOWN_DTYPE = torch.bfloat16
 SHOWN_HEAD_DIM = 128
+# Decode of one sequence by Llama 3.1 8B.
+SHOWN_HEADS = {"num_rows": 4, "num_heads": 8, "kv_len": 8192, "num_multiprocessors": 132}
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ def gpu_kernels(name: str, architecture: str, *, has_triton: bool) -> list[Kerne
         return [Kernel(name, "all", "none: every call raises", "triton is not installed")]
     shape = (architecture, SHOWN_DTYPE, SHOWN_HEAD_DIM)
     prefill = describe_tiles(tuning.prefill_tiles(*shape))
-    decode = describe_tiles(tuning.decode_tiles(*shape, num_rows=1))
+    decode = describe_tiles(tuning.plan_decode(*shape, **SHOWN_HEADS).tiles)
     tokens = tuning.MAX_DECODE_TOKENS
     of_hopper = []
     if architecture == "sm_90":
@@ -219,7 +221,7 @@ def tiles_note(info: Info) -> list[Text]:
     """Says which shape the tiles belong to, where any are shown."""
     if not info.gpus or info.versions.triton is None:
         return []
-    note = f"  Tiles (query rows x KV slots) are those of bfloat16 at head dim {SHOWN_HEAD_DIM}."
+    note = f"  Tiles (query rows x KV slots) are those of bfloat16 at head dim {SHOWN_HEAD_DIM}, and one sequence."
     return [Text(note, style="dim")]
 
 

@@ -59,10 +59,13 @@ def compiled_for(arch: str) -> Iterator[list[CompiledKernel]]:
         self.kernel[grid](*arguments, **constants)
 
     with (
+        # As users compile: with line numbers, registers are given out differently.
+        knobs.compilation.scope(),
         mock.patch.object(driver, "_active", fake_driver),
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.object(Launcher, "__call__", always_bind),
     ):
+        knobs.compilation.disable_line_info = False
         yield compiled
 
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from csrc_free_kernels import decode, linear, prefill, tuning
-from csrc_free_kernels.tuning import LinearTiles, Tiles, linear_tiles
+from csrc_free_kernels.linear_tuning import LinearTiles, linear_tiles
+from csrc_free_kernels.tuning import DecodePlan, Tiles
 from tests.kernels.conftest import IS_INTERPRETED
 from tests.linear_problems import LinearProblem, assert_linear_as_accurate_as_pytorch
 from tests.problems import Problem, assert_as_accurate_as_pytorch
@@ -32,8 +33,7 @@ def check_decode(problem: Problem, tiles: Tiles, num_splits: int) -> None:
         output,
         lse,
         **_options(problem),
-        num_splits=num_splits,
-        tiles=tiles,
+        plan=DecodePlan(tiles, num_splits),
         is_dependent=is_dependent(problem.query.device),
     )
     assert_as_accurate_as_pytorch(output, lse, problem)

@@ -10,7 +10,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from csrc_free_kernels import argmax, decode, kv_append, linear, prefill, rope_decode, step_input, tuning
+from csrc_free_kernels import argmax, decode, kv_append, linear, linear_tuning, prefill, rope_decode, step_input, tuning
+from csrc_free_kernels.tuning import DecodePlan
 from tests.kernels.ahead_of_time import TARGETS, CompiledKernel, check_limits, compiled_for
 
 HALF, FLOAT = torch.float16, torch.float32
@@ -43,11 +44,24 @@ def compile_attention(
             tiles = tuning.prefill_tiles(arch, dtype, head_dim)
             prefill.prefill_attention(query, key, key, output, lse, **options, cu_seqlens=cu_seqlens, tiles=tiles)
         else:
-            tiles = tuning.decode_tiles(arch, dtype, head_dim, num_rows=4 * query_len)
-            options |= {"tiles": tiles, "is_dependent": tuning.supports_dependent_launch(arch)}
-            for num_splits in (1, 8, 33):
-                decode.decode_attention(query, key, key, output, lse, **options, num_splits=num_splits)
+            is_dependent = tuning.supports_dependent_launch(arch)
+            for plan in plans(arch, dtype, head_dim, num_rows=4 * query_len):
+                decode.decode_attention(query, key, key, output, lse, **options, plan=plan, is_dependent=is_dependent)
     return compiled
+
+
+def plans(arch: str, dtype: torch.dtype, head_dim: int, num_rows: int) -> list[DecodePlan]:
+    """Plans of short and long shares for one sequence, and of many sequences, which are not split."""
+    return [
+        tuning.plan_decode(
+            *(arch, dtype, head_dim),
+            num_rows=num_rows,
+            num_heads=num_heads,
+            kv_len=kv_len,
+            num_multiprocessors=132,
+        )
+        for num_heads, kv_len in ((8, 8192), (8, 32768), (1024, 8192))
+    ]
 
 
 def compile_rope(
@@ -57,7 +71,7 @@ def compile_rope(
     heads = torch.empty(1, 2 * group + 4, 1, head_dim, dtype=dtype).split([2 * group, 2, 2], dim=1)
     rotation, cache = torch.empty(1, 1, head_dim, dtype=dtype), torch.empty(1, 2, 512, head_dim, dtype=dtype)
     with compiled_for(arch) as compiled:
-        for num_splits in (1, 8):
+        for plan in plans(arch, dtype, head_dim, num_rows=group):
             rope_decode.rope_append_attention(
                 *(*heads, rotation, rotation, cache, cache, torch.empty(1, 2 * group, 1, head_dim, dtype=dtype)),
                 kv_range=torch.zeros(1, 2, dtype=torch.int32),
@@ -65,9 +79,8 @@ def compile_rope(
                 scale=0.1,
                 window=window,
                 softcap=softcap,
-                num_splits=num_splits,
                 next_weight=torch.empty(4096, 4096, dtype=dtype),
-                tiles=tuning.rope_decode_tiles(arch, dtype, head_dim, group=group),
+                plan=plan,
                 is_dependent=tuning.supports_dependent_launch(arch),
             )
     return compiled
@@ -142,7 +155,7 @@ def test_dependent_kernels_wait_before_they_touch_memory(arch):
         assert waits, kernel.name
         assert "griddepcontrol.launch_dependents" in kernel.assembly, kernel.name
         # The prefetched lines' addresses come from two loads of the range, which is read again for its values.
-        expected = 2 if kernel.name == "_rope_decode_kernel" else 0
+        expected = 0 if kernel.name == "_combine_kernel" else 2
         accesses = MEMORY_ACCESS.findall(before)
         assert [access.startswith("ld.volatile") for access in accesses] == [True] * expected, kernel.name
         assert MEMORY_ACCESS.search(after), kernel.name
@@ -227,7 +240,7 @@ def compile_linear(
             residual=torch.empty_like(output) if options.get("has_residual") else None,
             is_gated=is_gated,
             has_constant_weights=has_constant_weights,
-            tiles=tuning.linear_tiles(
+            tiles=linear_tuning.linear_tiles(
                 arch,
                 dtype,
                 num_rows=num_rows,
@@ -299,7 +312,7 @@ def test_hopper_reads_weights_by_16_bytes(layer):
     assert all(load.endswith(".v4.b32") for load in weight_loads)
 
     depth, sizes, _ = LINEAR_LAYERS[layer]
-    tiles = tuning.linear_tiles(
+    tiles = linear_tuning.linear_tiles(
         "sm_90",
         torch.bfloat16,
         num_rows=8,

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from csrc_free_kernels.tuning import LinearTiles
+from csrc_free_kernels.linear_tuning import LinearTiles
 from tests.kernels.conftest import IS_INTERPRETED, KERNEL_DTYPES
 from tests.kernels.launches import check_linear, launch_linear
 from tests.linear_problems import make_linear

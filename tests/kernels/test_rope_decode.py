@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from csrc_free_kernels import rope_decode
-from csrc_free_kernels.tuning import Tiles
+from csrc_free_kernels.tuning import DecodePlan, Tiles
 from flashcore_ops import reference
 from tests.kernels.conftest import IS_INTERPRETED, KERNEL_DTYPES
 from tests.kernels.launches import is_dependent, poisoned_output
@@ -42,9 +42,8 @@ def launch(problem: RopeProblem, output: torch.Tensor, num_splits: int) -> None:
         scale=problem.query.shape[3] ** -0.5 if problem.scale is None else problem.scale,
         window=problem.window,
         softcap=problem.softcap,
-        num_splits=num_splits,
         next_weight=None,
-        tiles=TILES,
+        plan=DecodePlan(TILES, num_splits),
         is_dependent=is_dependent(problem.query.device),
     )
 
