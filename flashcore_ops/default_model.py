@@ -62,7 +62,7 @@ def default_model_path() -> Path:
         >>> sorted(file.name for file in path.iterdir())[0]  # doctest: +SKIP
         'chat_template.jinja'
     """
-    model = _cache_directory() / _DIRECTORY
+    model = cache_directory() / _DIRECTORY
     if model.is_dir():
         return model
     _require_converters()
@@ -75,7 +75,8 @@ def default_model_path() -> Path:
     return model
 
 
-def _cache_directory() -> Path:
+def cache_directory() -> Path:
+    """Where FlashCore keeps what it fetches: `default_model_path` names the variables. It need not exist."""
     if chosen := os.environ.get(CACHE_VARIABLE):
         return Path(chosen).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")

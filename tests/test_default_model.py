@@ -103,11 +103,11 @@ def test_cache_directory_follows_the_environment(tmp_path: Path, monkeypatch: py
     monkeypatch.delenv(CACHE_VARIABLE, raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert default_model._cache_directory() == tmp_path / ".cache" / "flashcore"
+    assert default_model.cache_directory() == tmp_path / ".cache" / "flashcore"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert default_model._cache_directory() == tmp_path / "xdg" / "flashcore"
+    assert default_model.cache_directory() == tmp_path / "xdg" / "flashcore"
     monkeypatch.setenv(CACHE_VARIABLE, "~/models")
-    assert default_model._cache_directory() == tmp_path / "models"
+    assert default_model.cache_directory() == tmp_path / "models"
 
 
 def test_cache_that_cannot_be_written_is_named(cache: Path) -> None:

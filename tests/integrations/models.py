@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, StaticCache
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, StaticCache
 
 from flashcore_ops.integrations import families
 from flashcore_ops.integrations.families import Feature
@@ -73,8 +73,20 @@ REFERENCES = [
     for implementation in ("sdpa", "eager")
     if implementation == "eager" or family not in _EAGER_FAMILIES
 ]
+# What a layer tells its attention of a feature.
+ARGUMENTS = {
+    Feature.WINDOW: "sliding_window",
+    Feature.SOFTCAP: "softcap",
+    Feature.SINKS: "s_aux",
+    Feature.SCALE: "scaling",
+}
 CACHES = ("dynamic", "static")
 BATCHES = ("single", "left-padded")
+
+
+def make_config(family: str, **changes: Any) -> PreTrainedConfig:
+    model_type, settings = _SETTINGS[family]
+    return AutoConfig.for_model(model_type, **(_COMMON | settings | changes))
 
 
 def make_model(
@@ -87,10 +99,9 @@ def make_model(
 
     Unless told otherwise it runs on Hugging Face's sdpa, or on eager where sdpa leaves out what the family uses.
     """
-    model_type, settings = _SETTINGS[family]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(_COMMON | settings)))
+        model = AutoModelForCausalLM.from_config(make_config(family))
     model.set_attn_implementation(implementation or ("eager" if family in _EAGER_FAMILIES else "sdpa"))
     return model.to(device=device, dtype=dtype).eval()
 

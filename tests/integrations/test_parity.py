@@ -13,6 +13,7 @@ from flashcore_ops.integrations.attention import fcore_attention
 from flashcore_ops.integrations.families import Feature
 from flashcore_ops.integrations.transformers import replace_llama_attention_with_flashcore as patch
 from tests.integrations.models import (
+    ARGUMENTS,
     BATCHES,
     CACHES,
     FAMILIES,
@@ -119,15 +120,6 @@ def _drop_length(arguments: dict[str, Any]) -> None:
     arguments["attention_mask"] = None
 
 
-# Each as it would be if the family's own were forgotten.
-_FORGOTTEN = {
-    Feature.WINDOW: {"sliding_window": None},
-    Feature.SOFTCAP: {"softcap": None},
-    Feature.SINKS: {"s_aux": None},
-    Feature.SCALE: {"scaling": None},
-}
-
-
 def _tokens_with(model: Any, batch: dict[str, Tensor], cache: Any, change: Any) -> list[list[int]]:
     """What the patched model writes if the arguments of its attention are changed first."""
 
@@ -144,18 +136,17 @@ def _tokens_with(model: Any, batch: dict[str, Tensor], cache: Any, change: Any) 
 
 @pytest.mark.parametrize(
     ("family", "feature"),
-    [(family, feature) for family in FAMILIES for feature in features_of(family) if feature in _FORGOTTEN],
+    [(family, feature) for family in FAMILIES for feature in features_of(family) if feature in ARGUMENTS],
 )
 def test_tokens_change_when_a_feature_of_the_family_is_dropped(family: str, feature: Feature) -> None:
     """The comparisons with Hugging Face's can fail: without the feature the tokens are others."""
     model, batch = make_model(family), make_batch()
     expected = generate(model, batch, past_key_values=DynamicCache()).tolist()
-    (name,) = dropped = _FORGOTTEN[feature]
     told = []
 
     def drop(arguments: dict[str, Any]) -> None:
-        told.append(arguments.get(name) is not None)
-        arguments.update(dropped)
+        told.append(arguments.get(ARGUMENTS[feature]) is not None)
+        arguments[ARGUMENTS[feature]] = None
 
     assert _tokens_with(model, batch, DynamicCache(), drop) != expected
     assert any(told)
