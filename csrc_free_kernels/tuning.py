@@ -119,6 +119,11 @@ def architecture(device: torch.device) -> str:
     return _device_facts(device)[0]
 
 
+def is_hopper(arch: str) -> bool:
+    """Whether the kernels that are written for Hopper alone run on such a GPU."""
+    return _GENERATION.get(arch) == "hopper"
+
+
 def num_multiprocessors(device: torch.device) -> int:
     """Streaming multiprocessors (compute units) of a device."""
     return _device_facts(device)[1]
@@ -179,7 +184,7 @@ def rope_decode_tiles(arch: str, dtype: torch.dtype, head_dim: int, group: int) 
         Tiles(block_m=16, block_n=128, num_warps=4, num_stages=2)
     """
     key = _table_key(dtype, head_dim)
-    if _GENERATION.get(arch) == "hopper" and group <= _MIN_DOT_SIZE and key in _HOPPER_ROPE:
+    if is_hopper(arch) and group <= _MIN_DOT_SIZE and key in _HOPPER_ROPE:
         return _HOPPER_ROPE[key]
     return decode_tiles(arch, dtype, head_dim, num_rows=group)
 

@@ -159,7 +159,7 @@ def gpu_kernels(name: str, architecture: str, *, has_triton: bool) -> list[Kerne
     decode = describe_tiles(tuning.decode_tiles(*shape, num_rows=1))
     tokens = tuning.MAX_DECODE_TOKENS
     of_hopper = []
-    if architecture == "sm_90":
+    if tuning.is_hopper(architecture):
         reason = f"the same in 16 bits, without softcap; {architecture}: specialised warps"
         of_hopper = [Kernel(name, "prefill", "Gluon for Hopper", reason)]
     return [
