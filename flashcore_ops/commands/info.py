@@ -6,18 +6,17 @@ import json
 import platform
 import shutil
 import subprocess
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 import flashcore_ops
 from csrc_free_kernels import tuning
 from flashcore_ops.commands.kernels import SHOWN_HEAD_DIM, Kernel, gpu_kernels, kernel_rows
+from flashcore_ops.commands.layout import table
 from flashcore_ops.commands.peak_memory import GIB
 
 
@@ -192,15 +191,6 @@ def tiles_note(info: Info) -> list[Text]:
         return []
     note = f"  Tiles (query rows x KV slots) are those of bfloat16 at head dim {SHOWN_HEAD_DIM}."
     return [Text(note, style="dim")]
-
-
-def table(rows: Sequence[tuple[str, ...]]) -> Table:
-    """Rows of plain text in aligned columns, set in by two."""
-    grid = Table.grid(padding=(0, 2, 0, 0))
-    grid.add_column()
-    for row in rows:
-        grid.add_row("", *row)
-    return grid
 
 
 def to_json(info: Info) -> str:

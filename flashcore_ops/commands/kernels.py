@@ -68,7 +68,7 @@ def gpu_kernels_of(
     Example:
         >>> from flashcore_ops.integrations.attention_layers import AttentionLayer
         >>> layer = AttentionLayer(32, 8, 128, 0.1, window=0, softcap=50.0, has_sinks=False, is_causal=True)
-        >>> kernels = gpu_kernels_of(layer, "cuda:0", "sm_90", torch.bfloat16, is_fused=False, has_triton=True)
+        >>> kernels = gpu_kernels_of(layer, "cuda:0", "sm_80", torch.bfloat16, is_fused=False, has_triton=True)
         >>> [(row.operation, row.kernel) for row in kernels]
         [('prefill', 'Triton tiled'), ('decode', 'Triton split-KV'), ('append', 'Triton append')]
     """
@@ -76,23 +76,18 @@ def gpu_kernels_of(
         return [_dense(name, layer)]
     if not has_triton:
         return [_none(name)]
-    # Imported here alone, since it needs Triton.
-    from csrc_free_kernels.prefill import is_computed_by_hopper
-
     head_dim, group = layer.head_dim, layer.num_query_heads // layer.num_kv_heads
-    if not tuning.is_hopper(architecture):
-        prefill = _portable_prefill(name, architecture, dtype, head_dim)
-    elif is_computed_by_hopper(dtype, head_dim, head_dim, layer.scale, layer.softcap):
-        reason = f"{_BY_PREFILL}; {architecture}: specialised warps; packed sequences: Triton tiled"
-        prefill = _hopper_prefill(name, reason)
-    else:
-        prefill = _portable_prefill(name, architecture, dtype, head_dim, f"; Gluon for Hopper only {_BY_HOPPER}")
     fused = []
     if is_fused:
         tiles = describe_tiles(tuning.rope_decode_tiles(architecture, dtype, head_dim, group))
         reason = f"rotates, appends and attends: one token a row, static cache; {architecture}: {tiles}"
         fused = [Kernel(name, "decode", "Triton fused decode", reason)]
-    return [prefill, _decode(name, architecture, dtype, head_dim, num_rows=group), *fused, _append(name)]
+    return [
+        _prefill(name, architecture, dtype, layer),
+        _decode(name, architecture, dtype, head_dim, num_rows=group),
+        *fused,
+        _append(name),
+    ]
 
 
 def cpu_kernels_of(layer: AttentionLayer) -> list[Kernel]:
@@ -134,6 +129,19 @@ def _dense(name: str, layer: AttentionLayer) -> Kernel:
 
 def _beyond_sdpa(layer: AttentionLayer) -> str:
     return " and ".join(["softcap"] * (layer.softcap > 0) + ["sinks"] * layer.has_sinks)
+
+
+def _prefill(name: str, architecture: str, dtype: torch.dtype, layer: AttentionLayer) -> Kernel:
+    """The one that is chosen."""
+    if not tuning.is_hopper(architecture):
+        return _portable_prefill(name, architecture, dtype, layer.head_dim)
+    # Imported here alone, since it needs Triton.
+    from csrc_free_kernels.prefill import is_computed_by_hopper
+
+    if is_computed_by_hopper(dtype, layer.head_dim, layer.head_dim, layer.scale, layer.softcap):
+        reason = f"{_BY_PREFILL}; {architecture}: specialised warps; packed sequences: Triton tiled"
+        return _hopper_prefill(name, reason)
+    return _portable_prefill(name, architecture, dtype, layer.head_dim, f"; Gluon for Hopper only {_BY_HOPPER}")
 
 
 def _portable_prefill(name: str, architecture: str, dtype: torch.dtype, head_dim: int, note: str = "") -> Kernel:
