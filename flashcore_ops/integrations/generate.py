@@ -181,7 +181,7 @@ def _unkept_setting(generation_config: Any, mode: GenerationMode) -> str | None:
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         return mode.value
     if not generation_config.use_cache:
-        return "no cache"
+        return "use_cache=False"
     values = ((name, getattr(generation_config, name)) for name in _UNSERVED_SETTINGS)
     return next((name for name, value in values if value is not None and value is not False), None)
 
