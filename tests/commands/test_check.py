@@ -135,6 +135,7 @@ def test_every_family_is_served_as_its_layers_ask(family: str, tmp_path: Path) -
     fused = ["Triton fused decode"] if family in FUSED_FAMILIES else []
     assert kernels["decode"] == ["Triton split-KV", *fused]
     assert kernels["append"] == ["Triton append"]
+    assert kernels_by_operation(tmp_path, dtype="float32")["prefill"] == ["Triton tiled"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
