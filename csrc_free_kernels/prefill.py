@@ -126,6 +126,23 @@ def _prefill_kernel(
         tl.store(p_lse + (i_b * Hq + i_h) * Q + o_row, b_lse, mask=m_row)
 
 
+def is_computed_by_hopper(dtype: torch.dtype, head_dim: int, value_dim: int, scale: float, softcap: float) -> bool:
+    """Whether Hopper's kernel computes attention of this kind, as far as shapes and options tell.
+
+    Example:
+        >>> is_computed_by_hopper(torch.bfloat16, 128, 128, scale=0.1, softcap=0.0)
+        True
+        >>> is_computed_by_hopper(torch.bfloat16, 128, 128, scale=0.1, softcap=50.0)
+        False
+    """
+    return (
+        dtype.itemsize == 2
+        and softcap == 0
+        and softmax.score_scale(scale, softcap).query_sign == 1
+        and padded_head_dim(head_dim) == padded_head_dim(value_dim)
+    )
+
+
 def is_served_by_hopper(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -135,14 +152,7 @@ def is_served_by_hopper(
     cu_seqlens: torch.Tensor | None,
 ) -> bool:
     """Whether Hopper's kernel computes this, whose copy engine wants 16-byte strides."""
-    if (
-        cu_seqlens is not None
-        or query.dtype.itemsize != 2
-        or softcap != 0
-        or softmax.score_scale(scale, softcap).query_sign != 1
-    ):
-        return False
-    if padded_head_dim(query.shape[3]) != padded_head_dim(value.shape[3]):
+    if cu_seqlens is not None or not is_computed_by_hopper(query.dtype, query.shape[3], value.shape[3], scale, softcap):
         return False
     return all(
         tensor.numel() > 0

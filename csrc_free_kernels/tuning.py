@@ -96,6 +96,11 @@ def architecture(device: torch.device) -> str:
     return _device_facts(device)[0]
 
 
+def is_hopper(arch: str) -> bool:
+    """Whether the kernels that are written for Hopper alone run on such a GPU."""
+    return GENERATION.get(arch) == "hopper"
+
+
 def num_multiprocessors(device: torch.device) -> int:
     """Streaming multiprocessors (compute units) of a device."""
     return _device_facts(device)[1]
@@ -172,12 +177,12 @@ def plan_decode(
         DecodePlan(tiles=Tiles(block_m=16, block_n=128, num_warps=4, num_stages=2), num_splits=1, prefetched_slots=64)
     """
     key = _table_key(dtype, head_dim)
-    is_hopper = GENERATION.get(arch) == "hopper" and dtype.itemsize == 2
+    is_tuned = is_hopper(arch) and dtype.itemsize == 2
     is_masked = head_dim != next_power_of_2(head_dim)
-    largest = _HOPPER_DECODE["masked" if is_masked else "waves"][key] if is_hopper else _decode_table(arch)[key]
+    largest = _HOPPER_DECODE["masked" if is_masked else "waves"][key] if is_tuned else _decode_table(arch)[key]
     block_m = min(largest.block_m, max(MIN_DOT_SIZE, next_power_of_2(num_rows)))
     num_programs = num_heads * ceil_div(num_rows, block_m)
-    num_places = num_multiprocessors * (1 if is_hopper else _PROGRAMS_PER_PROCESSOR)
+    num_places = num_multiprocessors * (1 if is_tuned else _PROGRAMS_PER_PROCESSOR)
     if num_splits > 0:
         num_splits = min(num_splits, kv_len // _MIN_SLOTS_OF_A_WISH, _MAX_SPLITS)
     else:
@@ -185,7 +190,7 @@ def plan_decode(
     num_splits = max(num_splits, 1)
     share = kv_len // num_splits
     is_one_wave = num_programs * num_splits <= num_places
-    if is_hopper and is_one_wave and not is_masked:
+    if is_tuned and is_one_wave and not is_masked:
         largest = _HOPPER_DECODE["long" if share >= _LONG_SHARE else "short"][key]
     return DecodePlan(
         replace(largest, block_m=block_m),

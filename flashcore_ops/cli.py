@@ -1,6 +1,7 @@
 """The `flashcore` command: arguments, errors and exit status. The work is done in flashcore_ops/commands.
 
-Exit status: 0 all went well, 1 a comparison or a validation failed, 2 the request cannot be served.
+Exit status: 0 all went well, 1 a comparison or a validation failed or a checked model is not served, 2 the request
+cannot be served.
 Results go to stdout; status, figures, warnings and errors go to stderr.
 """
 
@@ -22,13 +23,20 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-# What `generate` and `validate` have in common.
+# What several commands have in common.
 ModelArgument = Annotated[
     str | None,
     typer.Argument(
         metavar="MODEL",
         help="A local model directory or a Hugging Face hub id. Left out: SmolLM2-135M-Instruct.",
         show_default=False,
+    ),
+]
+ConfigArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL_OR_CONFIG",
+        help="A shape such as llama-3.1-8b, a model directory, a config.json, or a Hugging Face hub id.",
     ),
 ]
 DtypeOption = Annotated[
@@ -122,6 +130,32 @@ def models() -> None:
 
 
 @app.command()
+def check(
+    model: ConfigArgument,
+    dtype: DtypeOption = "auto",
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ARCHITECTURE",
+            help="Ask about such GPUs too, sm_90 say. Left out: this machine's GPUs, else its CPU.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Show whether a model will be served, by which kernels, and why not if not. Loads no weights."""
+    with plain_errors():
+        from rich.console import Console
+
+        from flashcore_ops.commands.check import CheckRequest, make_report
+        from flashcore_ops.commands.check_tables import render_check
+
+        report = make_report(CheckRequest(model=model, dtype=dtype, gpu=gpu))
+        Console(highlight=False).print(render_check(report))
+    if report.refusal is not None:
+        raise typer.Exit(code=1)
+
+
+@app.command()
 def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print the same as JSON.")] = False,
 ) -> None:
@@ -140,13 +174,7 @@ def info(
 
 @app.command()
 def memory(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL_OR_CONFIG",
-            help="A shape such as llama-3.1-8b, a model directory, a config.json, or a Hugging Face hub id.",
-        ),
-    ],
+    model: ConfigArgument,
     gpu_memory: Annotated[
         str | None,
         typer.Option(

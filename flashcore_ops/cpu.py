@@ -45,7 +45,7 @@ def attention(
         lse.copy_(sinks[:, None].expand_as(lse) if sinks is not None else torch.tensor(-torch.inf))
     for batch, rows, slots in _visible_blocks(query, key, kv_range, is_causal, window):
         q, k, v = query[batch, :, rows], key[batch, :, slots], value[batch, :, slots]
-        if softcap == 0 and sinks is None and lse is None:
+        if is_served_by_sdpa(softcap, has_sinks=sinks is not None, has_lse=lse is not None):
             output[batch, :, rows] = _torch_attention(q, k, v, scale, is_causal, window)
             continue
         block_output, block_lse = reference.attention_with_lse(
@@ -61,6 +61,11 @@ def attention(
         output[batch, :, rows] = block_output
         if lse is not None:
             lse[batch, :, rows] = block_lse
+
+
+def is_served_by_sdpa(softcap: float, *, has_sinks: bool, has_lse: bool) -> bool:
+    """Whether torch's SDPA computes this; all else is dense float32."""
+    return softcap == 0 and not has_sinks and not has_lse
 
 
 def append_kv_(key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tensor, positions: Tensor) -> None:

@@ -84,7 +84,7 @@ def _prefill_tiles(
     query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float, cu_seqlens_q: Tensor | None
 ) -> Tiles | HopperTiles:
     arch, head_dim = tuning.architecture(query.device), max(query.shape[3], value.shape[3])
-    if arch == "sm_90" and prefill.is_served_by_hopper(query, key, value, scale, softcap, cu_seqlens_q):
+    if tuning.is_hopper(arch) and prefill.is_served_by_hopper(query, key, value, scale, softcap, cu_seqlens_q):
         return tuning.hopper_prefill_tiles(head_dim, tuning.num_multiprocessors(query.device))
     return tuning.prefill_tiles(arch, query.dtype, head_dim)
 

@@ -95,6 +95,18 @@ error: model: expected a Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE, Gemma
     )
 
 
+def test_an_encoder_decoder_model_is_refused_by_its_reason(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "t5", "num_layers": 1}')
+    assert_expected_inline(
+        folded([error_line(tmp_path)]),
+        """\
+error: model: expected a decoder alone, since FlashCore's attention is causal and over one
+    sequence, got T5ForConditionalGeneration (model_type 't5'), an encoder-decoder model,
+    which attends to its encoder's output and in both directions. The model is unchanged:
+    use it as it is.""",
+    )
+
+
 def hub_response(status: int) -> httpx.Response:
     return httpx.Response(status, request=httpx.Request("GET", "https://hub"))
 

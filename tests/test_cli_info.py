@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from csrc_free_kernels import tuning
 from flashcore_ops.cli import app
-from flashcore_ops.commands.info import Gpu, Info, Kernel, Versions, choose_kernels, render_info, to_json
+from flashcore_ops.commands.info import Gpu, Info, Versions, choose_kernels, render_info, to_json
+from flashcore_ops.commands.kernels import Kernel
 from tests.snapshots import assert_expected_inline
 
 VERSIONS = Versions(

@@ -6,25 +6,18 @@ import json
 import platform
 import shutil
 import subprocess
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 import flashcore_ops
 from csrc_free_kernels import tuning
-from csrc_free_kernels.tuning import Tiles
+from flashcore_ops.commands.kernels import SHOWN_HEAD_DIM, Kernel, gpu_kernels, kernel_rows
+from flashcore_ops.commands.layout import table
 from flashcore_ops.commands.peak_memory import GIB
-
-# The shape that the tiles are shown for; every other shape has its own.
-SHOWN_DTYPE = torch.bfloat16
-SHOWN_HEAD_DIM = 128
-# Decode of one sequence by Llama 3.1 8B.
-SHOWN_HEADS = {"num_rows": 4, "num_heads": 8, "kv_len": 8192, "num_multiprocessors": 132}
 
 
 @dataclass(frozen=True)
@@ -48,16 +41,6 @@ class Versions:
     transformers: str | None
     gpu_runtime: str | None
     gpu_driver: str | None
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """What serves one operation for tensors on one device, and why."""
-
-    tensors_on: str
-    operation: str
-    kernel: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -142,39 +125,24 @@ def describe_gpu(device: torch.device) -> Gpu:
 
 def choose_kernels(versions: Versions, gpus: tuple[Gpu, ...]) -> tuple[Kernel, ...]:
     """The kernels that would serve each architecture's GPUs, then the CPU."""
-    indices: dict[str, list[str]] = {}
-    for index, gpu in enumerate(gpus):
-        indices.setdefault(gpu.architecture, []).append(str(index))
     kernels: list[Kernel] = []
-    for architecture, numbers in indices.items():
-        name = f"cuda:{','.join(numbers)}"
+    for architecture, name in names_by_architecture(gpus).items():
         kernels += gpu_kernels(name, architecture, has_triton=versions.triton is not None)
     return (*kernels, cpu_kernel(versions, gpus))
 
 
-def gpu_kernels(name: str, architecture: str, *, has_triton: bool) -> list[Kernel]:
-    """The Triton kernels of one architecture with the tiles of the shown shape, or that there are none."""
-    if not has_triton:
-        return [Kernel(name, "all", "none: every call raises", "triton is not installed")]
-    shape = (architecture, SHOWN_DTYPE, SHOWN_HEAD_DIM)
-    prefill = describe_tiles(tuning.prefill_tiles(*shape))
-    decode = describe_tiles(tuning.plan_decode(*shape, **SHOWN_HEADS).tiles)
-    tokens = tuning.MAX_DECODE_TOKENS
-    of_hopper = []
-    if architecture == "sm_90":
-        reason = f"the same in 16 bits, without softcap; {architecture}: specialised warps"
-        of_hopper = [Kernel(name, "prefill", "Gluon for Hopper", reason)]
-    return [
-        Kernel(name, "prefill", "Triton tiled", f"over {tokens} query tokens; {architecture}: {prefill}"),
-        *of_hopper,
-        Kernel(name, "decode", "Triton split-KV", f"up to {tokens} query tokens; {architecture}: {decode}"),
-        Kernel(name, "append", "Triton append", "new tokens into a static cache"),
-    ]
+def names_by_architecture(gpus: tuple[Gpu, ...]) -> dict[str, str]:
+    """The GPUs of each architecture under one name.
 
-
-def describe_tiles(tiles: Tiles) -> str:
-    """A kernel's tiles in words: query rows by KV slots, warps a program, loads in flight."""
-    return f"{tiles.block_m}x{tiles.block_n} tiles, {tiles.num_warps} warps, {tiles.num_stages} stages"
+    Example:
+        >>> h100, a100 = Gpu("H100", "sm_90", 79.1, 132), Gpu("A100", "sm_80", 39.4, 108)
+        >>> names_by_architecture((h100, a100, h100))
+        {'sm_90': 'cuda:0,2', 'sm_80': 'cuda:1'}
+    """
+    indices: dict[str, list[str]] = {}
+    for index, gpu in enumerate(gpus):
+        indices.setdefault(gpu.architecture, []).append(str(index))
+    return {architecture: f"cuda:{','.join(numbers)}" for architecture, numbers in indices.items()}
 
 
 def cpu_kernel(versions: Versions, gpus: tuple[Gpu, ...]) -> Kernel:
@@ -196,7 +164,7 @@ def render_info(info: Info) -> RenderableType:
         Text("\nGPUs", style="bold"),
         table(gpu_rows(info.gpus)),
         Text("\nKernels", style="bold"),
-        table([(row.tensors_on, row.operation, row.kernel, row.reason) for row in info.kernels]),
+        table(kernel_rows(info.kernels)),
         *tiles_note(info),
     )
 
@@ -223,15 +191,6 @@ def tiles_note(info: Info) -> list[Text]:
         return []
     note = f"  Tiles (query rows x KV slots) are those of bfloat16 at head dim {SHOWN_HEAD_DIM}, and one sequence."
     return [Text(note, style="dim")]
-
-
-def table(rows: Sequence[tuple[str, ...]]) -> Table:
-    """Rows of plain text in aligned columns, set in by two."""
-    grid = Table.grid(padding=(0, 2, 0, 0))
-    grid.add_column()
-    for row in rows:
-        grid.add_row("", *row)
-    return grid
 
 
 def to_json(info: Info) -> str:

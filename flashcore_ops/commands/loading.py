@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,14 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -35,6 +40,9 @@ from flashcore_ops.integrations.families import reference_implementation
 from flashcore_ops.integrations.model_checks import check_model
 from flashcore_ops.model_shapes import SHAPES, shape_config
 
+# What is raised on purpose, and what a config's wrong values raise wherever transformers comes to compute with them.
+_LOAD_ERRORS = (ImportError, OSError, RuntimeError, ValueError, SafetensorError, StrictDataclassError)
+_ERRORS_OF_WRONG_VALUES = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -125,12 +133,10 @@ def load_model(
         UnsupportedModelError: if FlashCore cannot serve it, found out before its weights are fetched.
     """
     with load_errors(name, expected="a causal language model that transformers can load"):
-        local_only = Path(name).is_dir() or not hub_answers(name)
-        options: dict[str, Any] = {"local_files_only": local_only, "trust_remote_code": False}
+        options: dict[str, Any] = {"local_files_only": is_local(name), "trust_remote_code": False}
         config = AutoConfig.from_pretrained(name, **options)
-        with torch.device("meta"):
-            outline = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    check_model(outline.eval())
+        outline = make_outline(config, dtype)
+    check_model(outline)
     with load_errors(name, expected="a tokenizer that transformers can load"):
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
     reference = reference_implementation(type(outline))
@@ -159,8 +165,50 @@ def load_config(name: str) -> PreTrainedConfig:
     if not path.is_file():
         check_model_name(name)
     with load_errors(name, expected="a config that transformers can load"):
-        local_only = path.exists() or not hub_answers(name)
-        return AutoConfig.from_pretrained(name, local_files_only=local_only, trust_remote_code=False)
+        return AutoConfig.from_pretrained(name, local_files_only=is_local(name), trust_remote_code=False)
+
+
+def load_generation_config(name: str) -> GenerationConfig | None:
+    """The generation settings that come with what `load_config` loaded, where from_pretrained finds them.
+
+    None for a named shape, which has none.
+    """
+    if name in SHAPES:
+        return None
+    path = Path(name)
+    if path.is_file():
+        return GenerationConfig.from_pretrained(path.parent, path.name, _from_model_config=True)
+    local_only = is_local(name)
+    # A damaged file counts as a missing one. What older models have of them stands in config.json.
+    with suppress(OSError):
+        return GenerationConfig.from_pretrained(name, local_files_only=local_only)
+    return GenerationConfig.from_pretrained(name, "config.json", local_files_only=local_only, _from_model_config=True)
+
+
+def make_outline(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a config, in evaluation mode and on the meta device: modules without weights.
+
+    With a language model's head, where transformers has one for it.
+
+    Example:
+        >>> outline = make_outline(load_config("llama-3.1-8b"), torch.bfloat16)
+        >>> type(outline).__name__, outline.device.type
+        ('LlamaForCausalLM', 'meta')
+    """
+    # In this order, since of some encoder-decoder models there is the decoder alone too.
+    heads = (
+        (MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, AutoModelForSeq2SeqLM),
+        (MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM),
+    )
+    auto: Any = next((auto for mapping, auto in heads if type(config) in mapping), AutoModel)
+    with torch.device("meta"):
+        model: PreTrainedModel = auto.from_config(config, dtype=dtype)
+    return model.eval()
+
+
+def is_local(name: str) -> bool:
+    """Whether a model is to be read from this machine alone: a path, or a hub id while the hub cannot be asked."""
+    return Path(name).exists() or not hub_answers(name)
 
 
 def hub_answers(hub_id: str) -> bool:
@@ -187,7 +235,7 @@ def load_errors(name: str, *, expected: str) -> Iterator[None]:
     """
     try:
         yield
-    except (ImportError, OSError, RuntimeError, ValueError, SafetensorError, StrictDataclassError) as error:
+    except (*_LOAD_ERRORS, *_ERRORS_OF_WRONG_VALUES) as error:
         known = known_hub_problem(error)
         got = f"{type(error).__name__} ({first_line(error)})"
         expected, got, fix = known or (expected, got, "Check the model's files.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from rich.console import Group, RenderableType
@@ -10,6 +10,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from flashcore_ops.commands.layout import inset, lines
 from flashcore_ops.commands.memory import MemoryReport
 from flashcore_ops.kv_memory import KVShape, format_bytes
 
@@ -32,16 +33,6 @@ def render_memory(report: MemoryReport) -> RenderableType:
         Text(),
         *lines(notes(report), style="dim"),
     )
-
-
-def lines(texts: Iterable[str], style: str = "") -> list[Padding]:
-    """Sentences set in by two, folded at words."""
-    return [inset(Text(text, style=style)) for text in texts]
-
-
-def inset(content: RenderableType, above: int = 0) -> Padding:
-    """Sets in by two, below so many empty lines, without spaces at the ends of lines."""
-    return Padding(content, (above, 0, 0, 2), expand=False)
 
 
 def shape_line(report: MemoryReport) -> str:

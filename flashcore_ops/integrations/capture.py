@@ -11,13 +11,23 @@ from flashcore_ops.integrations.families import Feature, family_of
 
 def is_capturable(model: nn.Module) -> bool:
     """Whether a step always runs the same kernels: an adapter, say, can be switched off between two calls."""
-    return not any(
-        type(module).__module__.partition(".")[0] not in ("torch", "transformers", "flashcore_ops")
-        or is_hooked(module)
-        or chooses_frequencies(module)
-        or routes_experts(module)
-        for module in model.modules()
-    ) and all(type(weight) in (Tensor, nn.Parameter) for weight in model.parameters())
+    return capture_obstacle(model) is None
+
+
+def capture_obstacle(model: nn.Module) -> str | None:
+    """What in a model may make one step run other kernels than the next, in words, or None."""
+    for module in model.modules():
+        if type(module).__module__.partition(".")[0] not in ("torch", "transformers", "flashcore_ops"):
+            return f"{type(module).__name__}, which is not transformers' own"
+        if is_hooked(module):
+            return f"a hook on {type(module).__name__}"
+        if chooses_frequencies(module):
+            return "rotary frequencies that the host chooses by the length"
+        if routes_experts(module):
+            return "experts that the host may run by their tokens"
+    if any(type(weight) not in (Tensor, nn.Parameter) for weight in model.parameters()):
+        return "weights that bring their own products"
+    return None
 
 
 def chooses_frequencies(module: nn.Module) -> bool:

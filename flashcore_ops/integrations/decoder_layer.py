@@ -30,6 +30,7 @@ from transformers.models.mistral.modeling_mistral import (
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer, Qwen2MLP, Qwen2RMSNorm
 
 from flashcore_ops.integrations.attention import check_options
+from flashcore_ops.integrations.attention_layers import window_of
 from flashcore_ops.integrations.static_cache import SharedLengthLayer
 from flashcore_ops.integrations.transformers import ATTENTION_NAME, register_fcore
 from flashcore_ops.linear_checks import supports_linear
@@ -167,7 +168,7 @@ def _attend(
     dropout = attention.attention_dropout if attention.training else 0.0
     check_options(dropout, kwargs)
     cos, sin = position_embeddings
-    window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
+    window = window_of(attention)
     cache = _static_layer(past_key_values, attention.layer_idx)
     if cache is not None and attention_mask is not None and attention_mask.dtype == torch.int32:
         output = torch.ops.flashcore.rope_append_attention(

@@ -21,7 +21,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
 from flashcore_ops.decode_step import DecodeStep
-from flashcore_ops.integrations.capture import is_capturable
+from flashcore_ops.integrations.capture import capture_obstacle, is_capturable
 from flashcore_ops.integrations.transformers import is_patched
 from flashcore_ops.kept_steps import capacity_for, kept_steps
 
@@ -35,7 +35,15 @@ _SERVED_INPUTS = {
     "return_dict",
     "logits_to_keep",
 }
-
+# Settings of `generate` that ask for another cache or step, or for what a step does not return.
+_UNSERVED_SETTINGS = (
+    "cache_implementation",
+    "prefill_chunk_size",
+    "is_assistant",
+    "disable_compile",
+    "output_attentions",
+    "output_hidden_states",
+)
 
 # The turn of the innermost `generate` of this thread, or of this asynchronous task.
 _turn: ContextVar[ExitStack | None] = ContextVar("flashcore_turn", default=None)
@@ -134,23 +142,48 @@ def _new_instance(parent: Any) -> Any:
     return object.__new__(_kept_class(parent))
 
 
+def kept_caches_obstacle(model: Any) -> str | None:
+    """Why `generate` of a patched causal language model stays Hugging Face's wherever it runs, in words, or None.
+
+    What a call adds to the model's own generation settings, and the device, are not asked for.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from flashcore_ops import patch_model
+        >>> sizes = dict(vocab_size=64, hidden_size=64, intermediate_size=64, num_attention_heads=4)
+        >>> model = patch_model(LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes)))
+        >>> kept_caches_obstacle(model)
+        >>> model.generation_config.num_beams = 4
+        >>> kept_caches_obstacle(model)
+        "beam_search, by the model's generation settings"
+    """
+    if obstacle := capture_obstacle(model):
+        return obstacle
+    settings, _ = model._prepare_generation_config(None)
+    setting = _unkept_setting(settings, settings.get_generation_mode())
+    return None if setting is None else f"{setting}, by the model's generation settings"
+
+
 def _keeps_cache(model: Any, generation_config: Any, model_kwargs: dict[str, Any], mode: GenerationMode) -> bool:
     """Whether a call is one that a kept step serves."""
     return (
         _has_graphs(model)
-        and mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+        and _unkept_setting(generation_config, mode) is None
         and model_kwargs.get("past_key_values") is None
-        and generation_config.use_cache
-        and generation_config.cache_implementation is None
-        and generation_config.prefill_chunk_size is None
-        and not generation_config.is_assistant
-        and not generation_config.disable_compile
-        and not generation_config.output_attentions
-        and not generation_config.output_hidden_states
         and is_patched(model)
         and is_capturable(model)
         and not torch.is_autocast_enabled(model.device.type)
     )
+
+
+def _unkept_setting(generation_config: Any, mode: GenerationMode) -> str | None:
+    """The first setting that a kept cache and step do not serve."""
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        return mode.value
+    if not generation_config.use_cache:
+        return "use_cache=False"
+    values = ((name, getattr(generation_config, name)) for name in _UNSERVED_SETTINGS)
+    return next((name for name, value in values if value is not None and value is not False), None)
 
 
 def _step_or_none(model: Any, num_rows: int, capacity: int) -> DecodeStep | None:
