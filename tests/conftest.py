@@ -18,7 +18,21 @@ GPU_FAMILIES = {"llama", "qwen2-window", "gemma2", "gpt-oss"}
 # A quarter of the time that a kernel takes to compile goes to its line numbers, which no test reads.
 os.environ.setdefault("TRITON_DISABLE_LINE_INFO", "1")
 
+# What one test process may take of a GPU's memory, and more processes than this only compile the same kernels again.
+PROCESS_BYTES = 6 * 2**30
+MAX_PROCESSES = 12
+
 DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Spreads the whole suite over processes on a machine with a GPU, if pytest-xdist is there: kernels compile on one
+    core each. `-n` says otherwise."""
+    is_whole_suite = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    if is_whole_suite and torch.cuda.is_available() and config.getoption("numprocesses", default=0) is None:
+        memory = torch.cuda.get_device_properties(0).total_memory
+        config.option.numprocesses = max(1, min(os.cpu_count() or 1, memory // PROCESS_BYTES, MAX_PROCESSES))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
