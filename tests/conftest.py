@@ -29,8 +29,11 @@ DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """Spreads the whole suite over processes on a machine with a GPU, if pytest-xdist is there: kernels compile on one
     core each. `-n` says otherwise."""
+    # One of those processes must not spread in its turn.
+    is_first = "PYTEST_XDIST_WORKER" not in os.environ
     is_whole_suite = config.args_source is pytest.Config.ArgsSource.TESTPATHS
-    if is_whole_suite and torch.cuda.is_available() and config.getoption("numprocesses", default=0) is None:
+    has_choice = config.getoption("numprocesses", default=0) is None
+    if is_first and is_whole_suite and has_choice and torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory
         config.option.numprocesses = max(1, min(os.cpu_count() or 1, memory // PROCESS_BYTES, MAX_PROCESSES))
 
