@@ -56,7 +56,7 @@ _FLOAT32_DECODE: Table = {
     (256, 4): Tiles(16, 16, 8, 1),
 }
 _DECODE: dict[str, Table] = {
-    "ampere": {(64, 2): Tiles(64, 32, 4, 4), (128, 2): Tiles(64, 32, 4, 4), (256, 2): Tiles(32, 32, 4, 3)},
+    "ampere": {(64, 2): Tiles(32, 32, 4, 4), (128, 2): Tiles(32, 32, 4, 4), (256, 2): Tiles(32, 32, 4, 3)},
     "small": {(64, 2): Tiles(64, 64, 4, 2), (128, 2): Tiles(32, 64, 4, 2), (256, 2): Tiles(32, 32, 4, 2)},
 }
 # On Hopper, where one wave of programs covers the GPU, one fills a processor's shared memory: smaller ones crowd onto
