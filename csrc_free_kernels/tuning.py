@@ -56,7 +56,8 @@ _FLOAT32_DECODE: Table = {
     (256, 4): Tiles(16, 16, 8, 1),
 }
 _DECODE: dict[str, Table] = {
-    "ampere": {(64, 2): Tiles(32, 32, 4, 4), (128, 2): Tiles(32, 32, 4, 4), (256, 2): Tiles(32, 32, 4, 3)},
+    "ampere": {(64, 2): Tiles(32, 32, 4, 4), (128, 2): Tiles(64, 32, 4, 4), (256, 2): Tiles(32, 32, 4, 3)},
+    "blackwell": {(64, 2): Tiles(32, 32, 4, 4), (128, 2): Tiles(32, 32, 4, 4), (256, 2): Tiles(32, 32, 4, 3)},
     "small": {(64, 2): Tiles(64, 64, 4, 2), (128, 2): Tiles(32, 64, 4, 2), (256, 2): Tiles(32, 32, 4, 2)},
 }
 # On Hopper, where one wave of programs covers the GPU, one fills a processor's shared memory: smaller ones crowd onto
@@ -70,7 +71,7 @@ _HOPPER_DECODE: dict[str, Table] = {
     "masked": {(64, 2): Tiles(32, 64, 8, 5), (128, 2): Tiles(32, 64, 8, 5), (256, 2): Tiles(16, 32, 8, 5)},
 }
 # Every other GPU gets the tables that fit 64 KB of shared memory.
-GENERATION = {"sm_90": "hopper", "sm_80": "ampere", "sm_100": "ampere", "sm_103": "ampere"}
+GENERATION = {"sm_90": "hopper", "sm_80": "ampere", "sm_100": "blackwell", "sm_103": "blackwell"}
 # Tensor cores multiply no fewer rows, and no shorter ones.
 MIN_DOT_SIZE = 16
 # Query tokens up to which the split kernel serves; beyond, prefill has enough tiles of its own.
@@ -124,7 +125,7 @@ def prefill_tiles(arch: str, dtype: torch.dtype, head_dim: int) -> Tiles:
         >>> prefill_tiles("sm_90", torch.bfloat16, 128)
         Tiles(block_m=128, block_n=64, num_warps=8, num_stages=3)
     """
-    table = _PREFILL[GENERATION.get(arch, "small")] | _FLOAT32_PREFILL
+    table = _of_generation(_PREFILL, arch) | _FLOAT32_PREFILL
     return table[_table_key(dtype, head_dim)]
 
 
@@ -179,7 +180,11 @@ def plan_decode(
     key = _table_key(dtype, head_dim)
     is_tuned = is_hopper(arch) and dtype.itemsize == 2
     is_masked = head_dim != next_power_of_2(head_dim)
-    largest = _HOPPER_DECODE["masked" if is_masked else "waves"][key] if is_tuned else _decode_table(arch)[key]
+    largest = (
+        _HOPPER_DECODE["masked" if is_masked else "waves"][key]
+        if is_tuned
+        else (_of_generation(_DECODE, arch) | _FLOAT32_DECODE)[key]
+    )
     block_m = min(largest.block_m, max(MIN_DOT_SIZE, next_power_of_2(num_rows)))
     num_programs = num_heads * ceil_div(num_rows, block_m)
     num_places = num_multiprocessors * (1 if is_tuned else _PROGRAMS_PER_PROCESSOR)
@@ -199,8 +204,10 @@ def plan_decode(
     )
 
 
-def _decode_table(arch: str) -> Table:
-    return _DECODE["ampere" if GENERATION.get(arch, "small") != "small" else "small"] | _FLOAT32_DECODE
+def _of_generation(tables: dict[str, Table], arch: str) -> Table:
+    """The tables of an architecture; where there are none of its own, Ampere's fit Hopper and Blackwell too."""
+    generation = GENERATION.get(arch, "small")
+    return tables[generation] if generation in tables else tables["ampere"]
 
 
 def _fill_waves(num_programs: int, num_places: int) -> int:
