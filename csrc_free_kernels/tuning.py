@@ -180,12 +180,11 @@ def plan_decode(
     key = _table_key(dtype, head_dim)
     is_tuned = is_hopper(arch) and dtype.itemsize == 2
     is_masked = head_dim != next_power_of_2(head_dim)
-    largest = (
-        _HOPPER_DECODE["masked" if is_masked else "waves"][key]
-        if is_tuned
-        else (_of_generation(_DECODE, arch) | _FLOAT32_DECODE)[key]
-    )
-    block_m = min(largest.block_m, max(MIN_DOT_SIZE, next_power_of_2(num_rows)))
+    if is_tuned:
+        table = _HOPPER_DECODE["masked" if is_masked else "waves"]
+    else:
+        table = _of_generation(_DECODE, arch) | _FLOAT32_DECODE
+    block_m = min(table[key].block_m, max(MIN_DOT_SIZE, next_power_of_2(num_rows)))
     num_programs = num_heads * ceil_div(num_rows, block_m)
     num_places = num_multiprocessors * (1 if is_tuned else _PROGRAMS_PER_PROCESSOR)
     if num_splits > 0:
@@ -196,9 +195,9 @@ def plan_decode(
     share = kv_len // num_splits
     is_one_wave = num_programs * num_splits <= num_places
     if is_tuned and is_one_wave and not is_masked:
-        largest = _HOPPER_DECODE["long" if share >= _LONG_SHARE else "short"][key]
+        table = _HOPPER_DECODE["long" if share >= _LONG_SHARE else "short"]
     return DecodePlan(
-        replace(largest, block_m=block_m),
+        replace(table[key], block_m=block_m),
         num_splits,
         _MANY_SLOTS if is_one_wave and share >= 2 * _MANY_SLOTS else _FEW_SLOTS,
     )
