@@ -1,4 +1,4 @@
-"""`flashcore validate`: five scenarios against Hugging Face's sdpa, a summary, and a report."""
+"""`flashcore validate`: five scenarios against Hugging Face's attention, a summary, and a report."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def run_validate(request: ValidateRequest) -> bool:
 
 
 def load_subject(request: ValidateRequest, console: Console) -> Subject:
-    """The model that the request names, on Hugging Face's sdpa."""
+    """The model that the request names, on Hugging Face's attention."""
     device = resolve_device(request.device)
     dtype = resolve_dtype(request.dtype, device)
     if request.random is not None:

@@ -1,1 +1,1 @@
-"""What `flashcore validate` does: a model on FlashCore held against the same model on Hugging Face's sdpa."""
+"""What `flashcore validate` does: a model on FlashCore held against the same model on Hugging Face's attention."""

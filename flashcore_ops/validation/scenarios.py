@@ -1,4 +1,4 @@
-"""The five scenarios: what a model on FlashCore must show beside the same model on Hugging Face's sdpa."""
+"""The five scenarios: what a model on FlashCore must show beside the same model on Hugging Face's attention."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ _RANDOM_LENGTHS = (4, 7, 11, 6)
 
 @dataclass(frozen=True)
 class Subject:
-    """A causal language model in eval mode, on Hugging Face's sdpa; its tokenizer, or None for random weights."""
+    """A causal language model in eval mode, on Hugging Face's attention; its tokenizer, or None for random weights."""
 
     name: str
     model: PreTrainedModel

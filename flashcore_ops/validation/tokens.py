@@ -1,9 +1,10 @@
 """Greedy tokens of both, and the rule that says whether they agree.
 
 In float32 the tokens must be equal. In 16 bits two correct kernels part where the best logits tie within rounding. The
-noise is how far sdpa's logits are from those of the same weights in float32; FlashCore's, fed with sdpa's own tokens,
-may be twice as far. Where the free texts part, and wherever FlashCore prefers another token on the way, sdpa's logit of
-that token must be within twice the noise of its best: each of the two may have moved by as much.
+noise is how far Hugging Face's logits are from those of the same weights in float32; FlashCore's, fed with Hugging
+Face's own tokens, may be twice as far. Where the free texts part, and wherever FlashCore prefers another token on the
+way, Hugging Face's logit of that token must be within twice the noise of its best: each of the two may have moved by as
+much. Hugging Face's attention is sdpa, but eager for models that ask for what sdpa leaves out.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from flashcore_ops.validation.subject import Subject
 
 @dataclass(frozen=True)
 class Reference:
-    """What sdpa says: tokens `[B, N]`, the float32 logits `[B, N, V]` that they come from, and the exact ones.
+    """What Hugging Face says: tokens `[B, N]`, the float32 logits `[B, N, V]` that they come from, and the exact ones.
 
     exact is None for a model in float32.
     """
@@ -39,29 +40,31 @@ class Reference:
     exact: Tensor | None
 
     def gaps(self, tokens: Tensor) -> Tensor:
-        """`[B, N]`: how far sdpa's logits of tokens `[B, N]` are behind those of its own tokens."""
+        """`[B, N]`: how far Hugging Face's logits of tokens `[B, N]` are behind those of its own tokens."""
         best, other = (self.logits.gather(-1, chosen[..., None])[..., 0] for chosen in (self.tokens, tokens))
         return best - other
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """FlashCore's tokens beside sdpa's.
+    """FlashCore's tokens beside the reference's.
 
     Attributes:
+        reference: Hugging Face's attention that the model came with: "sdpa", or "eager" for what sdpa leaves out.
         num_tokens: compared.
         num_others: of them, those where FlashCore, given the same past, prefers another one.
-        first: where the free texts part first: row, index, FlashCore's token, sdpa's, and the gap between sdpa's
-            logits of the two.
+        first: where the free texts part first: row, index, FlashCore's token, the reference's, and the gap between the
+            reference's logits of the two.
         largest_gap: of all such gaps: where a row's free text parts, and where FlashCore, given the same past, prefers
             another token.
-        error: the largest distance of FlashCore's logits from the exact ones, or from sdpa's in float32.
-        noise: the same of sdpa's; None in float32, where none is granted.
+        error: the largest distance of FlashCore's logits from the exact ones, or from the reference's in float32.
+        noise: the same of the reference's; None in float32, where none is granted.
         chooses_its_best: whether each step of FlashCore's put the likeliest of its own logits.
         tokens: FlashCore's, generated freely, `[B, N]`.
         ms_per_token: of FlashCore's free generation, without the first token.
     """
 
+    reference: str
     num_tokens: int
     num_others: int
     first: tuple[int, int, int, int, float] | None
@@ -88,12 +91,12 @@ class Comparison:
         else:
             row, index, token, reference_token, gap = self.first
             where = f"row {row}, " if len(self.tokens) > 1 else ""
-            parts.append(f"first difference at {where}index {index}: {token}, sdpa {reference_token}, gap {gap:.3g}")
+            what = f"{token}, {self.reference} {reference_token}, gap {gap:.3g}"
+            parts.append(f"first difference at {where}index {index}: {what}")
         if self.noise is not None:
-            parts.append(
-                f"{self.num_others} preferred otherwise, by sdpa's logits at most {self.largest_gap:.3g} worse"
-            )
-            parts.append(f"logits off by {self.error:.3g}, sdpa's by {self.noise:.3g}")
+            worse = f"at most {self.largest_gap:.3g} worse"
+            parts.append(f"{self.num_others} preferred otherwise, by {self.reference}'s logits {worse}")
+            parts.append(f"logits off by {self.error:.3g}, {self.reference}'s by {self.noise:.3g}")
         if not self.chooses_its_best:
             parts.append("a step did not put the likeliest of its logits")
         if self.ms_per_token is not None:
@@ -103,7 +106,7 @@ class Comparison:
 
 @contextmanager
 def patched(subject: Subject) -> Iterator[Any]:
-    """The subject's model on FlashCore, and on sdpa again afterwards. A GPU's peak memory counts from here."""
+    """The subject's model on FlashCore, and as it came afterwards. A GPU's peak memory counts from here."""
     model = patch_model(subject.model)
     if subject.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(subject.device)
@@ -114,7 +117,7 @@ def patched(subject: Subject) -> Iterator[Any]:
 
 
 def refer(subject: Subject, inputs: dict[str, Tensor], num_tokens: int) -> Reference:
-    """num_tokens greedy tokens of sdpa after the prompts, whatever they are."""
+    """num_tokens greedy tokens of Hugging Face after the prompts, whatever they are."""
     model: Any = subject.model
     own_config = model.generation_config
     # generate takes from here what it is not told, such as tokens that end a text.
@@ -142,6 +145,7 @@ def refer(subject: Subject, inputs: dict[str, Tensor], num_tokens: int) -> Refer
 
 def compare(subject: Subject, inputs: dict[str, Tensor], num_tokens: int) -> Comparison:
     """Both ways of greedy decoding, num_tokens tokens after the prompts."""
+    reference_name = subject.model.config._attn_implementation
     reference = refer(subject, inputs, num_tokens)
     with patched(subject) as model:
         tokens, ms_per_token = _write(model, inputs, num_tokens)
@@ -153,6 +157,7 @@ def compare(subject: Subject, inputs: dict[str, Tensor], num_tokens: int) -> Com
     exact = reference.logits if reference.exact is None else reference.exact
     first = min(partings, key=lambda place: (place[1], place[0]), default=None)
     return Comparison(
+        reference=reference_name,
         num_tokens=reference.tokens.numel(),
         num_others=int((preferred != reference.tokens).sum()),
         first=None

@@ -125,8 +125,18 @@ def test_evidence_names_the_first_difference_and_the_gap_there(monkeypatch: pyte
     assert f"first difference at index {index}: {token}, sdpa {reference_token}, gap {gap:.3g}" in comparison.evidence()
 
 
+def test_evidence_names_the_attention_that_it_is_held_against() -> None:
+    evidence = a_comparison(reference="eager", first=(0, 1, 2, 3, 0.5), noise=0.1).evidence()
+    assert evidence.count("eager") == 3
+    assert "sdpa" not in evidence
+    subject = make_subject(family="gemma2")
+    with torch.no_grad():
+        assert compare(subject, left_padded(subject.prompts()[:1]), num_tokens=2).reference == "eager"
+
+
 def a_comparison(**changes: Any) -> Comparison:
     fields: dict[str, Any] = {
+        "reference": "sdpa",
         "num_tokens": 5,
         "num_others": 1,
         "first": (0, 3, 7, 8, 0.1),
