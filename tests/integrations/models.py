@@ -82,6 +82,7 @@ ARGUMENTS = {
 }
 CACHES = ("dynamic", "static")
 BATCHES = ("single", "left-padded")
+ALL_BATCHES = (*BATCHES, "right-padded")
 
 
 def make_config(family: str, **changes: Any) -> PreTrainedConfig:

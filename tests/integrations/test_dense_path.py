@@ -14,6 +14,7 @@ from transformers.masking_utils import create_causal_mask
 from flashcore_ops.integrations import attention
 from flashcore_ops.integrations.transformers import replace_llama_attention_with_flashcore as patch
 from tests.integrations.models import (
+    ALL_BATCHES,
     CACHES,
     FAMILIES,
     PROMPT_LEN,
@@ -181,7 +182,7 @@ def test_a_users_own_mask_function_is_obeyed() -> None:
     assert torch.equal(actual.bool(), expected)
 
 
-@pytest.mark.parametrize("kind", ["single", "left-padded", "right-padded"])
+@pytest.mark.parametrize("kind", ALL_BATCHES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bidirectional_models_take_the_dense_path(family: str, kind: str, device: str) -> None:
     model, batch = make_model(family, device), make_batch(kind, device)
