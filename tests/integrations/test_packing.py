@@ -60,6 +60,15 @@ def test_logits_are_as_close_as_hugging_faces(
     assert torch.allclose(actual, as_one_sequence) == (family == "gpt-oss")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_in_16_bits_are_as_close_as_hugging_faces(family: str, dtype: torch.dtype, device: str) -> None:
+    model, ids = make_model(family, device, dtype), make_batch("single", device)["input_ids"]
+    inputs = {"input_ids": ids, "position_ids": packed_positions((6, 7), device=device), "use_cache": False}
+    exact, bar = error_bar(model, model(**inputs).logits, **inputs)
+    assert (patch(model)(**inputs).logits.double() - exact).abs().max() <= bar
+
+
 def test_each_sequence_gives_what_it_gives_alone(device: str) -> None:
     model, ids = patch(make_model("llama", device)), make_batch("single", device)["input_ids"]
     packed = model(ids, position_ids=packed_positions((6, 7), device=device), use_cache=False).logits
