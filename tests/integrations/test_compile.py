@@ -59,6 +59,7 @@ softmax: 0
         ("mistral", "aot_eager"),
         ("gemma2", "aot_eager"),
         ("gpt-oss", "aot_eager"),
+        *(pytest.param(family, "eager", marks=pytest.mark.slow) for family in FAMILIES if family != "llama"),
     ],
 )
 def test_compiled_logits_are_those_of_eager(family: str, cache: str, backend: str) -> None:
@@ -156,15 +157,30 @@ def test_a_traced_static_cache_that_drops_what_the_window_shows_is_refused() -> 
         compiled(ids[:, 6:7], past_key_values=past)
 
 
-def test_traced_4d_masks_take_the_dense_path() -> None:
-    model, ids, recorder = patch(make_model()), make_batch()["input_ids"], Recorder()
+@pytest.mark.parametrize("family", ONE_OF_EACH_WINDOW)
+def test_traced_4d_masks_take_the_dense_path(family: str) -> None:
+    model, ids, recorder = make_model(family), make_batch()["input_ids"], Recorder()
     mask = torch.ones(13, 13, dtype=torch.bool).tril()[None, None]
     mask[..., 3] = False
     mask[..., 0] = True
+    added = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+    expected = model(ids, attention_mask=added).logits
     with pytest.warns(UserWarning, match="4-D attention mask"):
-        actual = torch.compile(model, fullgraph=True, backend=recorder)(ids, attention_mask=mask).logits
+        actual = torch.compile(patch(model), fullgraph=True, backend=recorder)(ids, attention_mask=mask).logits
     assert recorder.count("flashcore.attention") == 0
-    torch.testing.assert_close(actual, restore_attention(model)(ids, attention_mask=mask).logits)
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("family", ONE_OF_EACH_WINDOW)
+def test_traced_bidirectional_models_take_the_dense_path(family: str) -> None:
+    model, batch, recorder = make_model(family), make_batch("left-padded"), Recorder()
+    rows = batch["attention_mask"].bool()
+    model.config.is_causal = False
+    expected = model(**batch, use_cache=False).logits[rows]
+    with pytest.warns(UserWarning, match="bidirectional"):
+        actual = torch.compile(patch(model), fullgraph=True, backend=recorder)(**batch, use_cache=False).logits[rows]
+    assert recorder.count("flashcore.attention") == 0
+    torch.testing.assert_close(actual, expected)
 
 
 def test_typed_errors_keep_their_text() -> None:
