@@ -23,9 +23,12 @@ def _no_gradients() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
-    """Threads have nothing to share in models this small, and on busy cores most of a test is their wait."""
+    """Threads have little to share in models this small, and on busy cores most of a test is their wait.
+
+    For a module, so that it holds for the module's own fixtures as well.
+    """
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -94,7 +94,6 @@ def _likeliest(model: Any, **inputs: Any) -> torch.Tensor:
 
 
 @pytest.mark.filterwarnings("ignore:FlashCore")
-@torch.no_grad()
 def test_right_padded_and_packed_prompts_are_scored_as_by_sdpa(loaded: Loaded) -> None:
     """The likeliest token behind every token of the prompts."""
     model, tokenizer = loaded
