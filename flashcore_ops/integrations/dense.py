@@ -1,7 +1,8 @@
 """The dense path: masks that no `kv_range` can express go to Hugging Face's own sdpa, boolean mask and all.
 
-It is exact and slow: the mask takes B * Q * S bytes and no kernel of ours runs. One warning a reason says so. Softcap
-and sinks, which torch's SDPA does not know, are computed here with every score in memory.
+It is exact and slow: the mask takes B * Q * S bytes, keys and values are copied, and no kernel of ours runs. One
+warning a reason says so. Softcap and sinks, which torch's SDPA does not know, are computed here with every score in
+memory.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def dense_attention(
     Args:
         module: the layer that asks.
         query: `[B, Hq, Q, D]`.
-        key, value: `[B, Hkv, S, D]`.
+        key, value: `[B, Hkv, S, D]`. Slots that no row may see can hold NaN.
         attention_mask: broadcastable to `[B, Hq, Q, S]`; uint8 made by `create_dense_mask`, or a user's own:
             bool (True may be seen) or of query's dtype (added to the scores).
         scaling: factor on the scores, None for `D ** -0.5`.
@@ -77,6 +78,7 @@ def dense_attention(
     else:
         _check_dtype(attention_mask, query)
         warn_dense_path("a 4-D attention mask was passed")
+    key, value = _clear_unseen(attention_mask, key, value)
     if not softcap and sinks is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -108,6 +110,14 @@ def _attend(
         column = sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         scores = torch.cat((scores, column), dim=-1)
     return scores.softmax(dim=-1)[..., : key.shape[2]].to(value.dtype) @ value
+
+
+def _clear_unseen(attention_mask: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values with zeros where no row of a batch may look: NaN there, times a weight of 0, is NaN."""
+    is_visible = attention_mask if attention_mask.dtype == torch.bool else attention_mask > -torch.inf
+    # [B, 1, S, 1]
+    is_seen = is_visible.any(dim=2).any(dim=1)[:, None, :, None]
+    return torch.where(is_seen, key, 0), torch.where(is_seen, value, 0)
 
 
 def _check_dtype(attention_mask: Tensor, query: Tensor) -> None:

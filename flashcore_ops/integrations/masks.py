@@ -96,7 +96,9 @@ def create_fcore_mask(
     plain = causal_mask_function if local_size is None else sliding_window_causal_mask_function(local_size)
     is_traced = is_tracing(attention_mask)
     _check_window(q_offset, kv_offset, local_size)
-    if use_vmap or not (is_traced or is_same_function(mask_function, plain)):
+    # Closures cannot be compared while tracing, but the config says what they are there too.
+    is_causal = getattr(config, "is_causal", True)
+    if use_vmap or not is_causal or not (is_traced or is_same_function(mask_function, plain)):
         bounds = None if use_vmap or is_traced else packed_bounds(mask_function, plain, q_length, kv_length)
         return create_dense_mask(NOT_CAUSAL, **place, **content) if bounds is None else bounds
     if is_traced and mask_function is not causal_mask_function:

@@ -1,4 +1,4 @@
-"""Fixtures of the Hugging Face tests: no gradients, and no record of earlier warnings and masks."""
+"""Fixtures of the Hugging Face tests: no gradients, one thread, and no record of earlier warnings and masks."""
 
 from __future__ import annotations
 
@@ -21,3 +21,15 @@ def _fresh_records(monkeypatch: pytest.MonkeyPatch) -> None:
 def _no_gradients() -> Iterator[None]:
     with torch.no_grad():
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Threads have little to share in models this small, and on busy cores most of a test is their wait.
+
+    For a module, so that it holds for the module's own fixtures as well.
+    """
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)

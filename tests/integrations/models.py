@@ -82,6 +82,7 @@ ARGUMENTS = {
 }
 CACHES = ("dynamic", "static")
 BATCHES = ("single", "left-padded")
+ALL_BATCHES = (*BATCHES, "right-padded")
 
 
 def make_config(family: str, **changes: Any) -> PreTrainedConfig:
@@ -117,6 +118,27 @@ def implementations_of(model: nn.Module) -> list[tuple[int, str]]:
     """Each module's config, by identity, and its attention implementation."""
     held = [vars(module)["config"] for module in model.modules() if hasattr(vars(module).get("config"), "to_dict")]
     return [(id(config), config._attn_implementation) for config in held]
+
+
+def state_of(model: nn.Module) -> dict[str, list[Any]]:
+    """All that patching could change, to be compared: each module's class and attributes, configs, weights."""
+    modules = list(model.modules())
+    attributes = [(name, value) for module in modules for name, value in vars(module).items()]
+    weights = list(model.state_dict(keep_vars=True).items())
+    # What a module holds by name: parts, weights, hooks.
+    inner = [
+        (name, list(value), list(map(id, value.values()))) for name, value in attributes if isinstance(value, dict)
+    ]
+    return {
+        "classes": [(type(module), module.forward) for module in modules],
+        "attributes": [(name, id(value)) for name, value in attributes],
+        "inner": inner,
+        "configs": [value.to_dict() for _, value in attributes if isinstance(value, PreTrainedConfig)],
+        "implementations": implementations_of(model),
+        "weights": [
+            (name, id(weight), weight.detach().flatten().view(torch.uint8).tolist()) for name, weight in weights
+        ],
+    }
 
 
 def make_batch(kind: str = "single", device: str = "cpu") -> dict[str, Tensor]:

@@ -16,6 +16,10 @@ from tests.integrations.models import FAMILIES, generate, make_batch, make_model
 from tests.integrations.recorder import Recorder
 from tests.snapshots import assert_expected_inline
 
+# By default a family with a window and one without; masks are made alike for all.
+ONE_OF_EACH_WINDOW = [
+    pytest.param(family, marks=() if family in ("llama", "mistral") else pytest.mark.slow) for family in FAMILIES
+]
 HOLES = torch.tensor([[1, 1, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]])
 
 
@@ -55,6 +59,7 @@ softmax: 0
         ("mistral", "aot_eager"),
         ("gemma2", "aot_eager"),
         ("gpt-oss", "aot_eager"),
+        *(pytest.param(family, "eager", marks=pytest.mark.slow) for family in FAMILIES if family != "llama"),
     ],
 )
 def test_compiled_logits_are_those_of_eager(family: str, cache: str, backend: str) -> None:
@@ -118,13 +123,27 @@ def test_traced_masks_with_holes_raise(mask: Tensor, backend: str) -> None:
         compiled(ids, attention_mask=mask)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("family", ONE_OF_EACH_WINDOW)
+def test_traced_right_padding_raises(family: str) -> None:
+    model, batch = patch(make_model(family)), make_batch("right-padded")
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    compiled(batch["input_ids"], attention_mask=torch.ones_like(batch["attention_mask"]))
+    with pytest.raises(RuntimeError, match=r"right padding or holes.*run this batch without torch\.compile"):
+        compiled(**batch)
+
+
+@pytest.mark.parametrize("family", ONE_OF_EACH_WINDOW)
 def test_traced_packed_sequences_raise(family: str) -> None:
+    """Not GPT-OSS's: transformers makes its masks without positions, so nothing is packed."""
     model, ids = patch(make_model(family)), make_batch()["input_ids"]
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     positions = torch.arange(13)[None]
     compiled(ids, position_ids=positions, use_cache=False)
-    with pytest.raises(RuntimeError, match="packed sequences"):
+    if family == "gpt-oss":
+        expected = model(ids, position_ids=positions % 6, use_cache=False).logits
+        torch.testing.assert_close(compiled(ids, position_ids=positions % 6, use_cache=False).logits, expected)
+        return
+    with pytest.raises(RuntimeError, match=r"packed sequences.*run this batch without torch\.compile"):
         compiled(ids, position_ids=positions % 6, use_cache=False)
 
 
@@ -138,15 +157,30 @@ def test_a_traced_static_cache_that_drops_what_the_window_shows_is_refused() -> 
         compiled(ids[:, 6:7], past_key_values=past)
 
 
-def test_traced_4d_masks_take_the_dense_path() -> None:
-    model, ids, recorder = patch(make_model()), make_batch()["input_ids"], Recorder()
+@pytest.mark.parametrize("family", ONE_OF_EACH_WINDOW)
+def test_traced_4d_masks_take_the_dense_path(family: str) -> None:
+    model, ids, recorder = make_model(family), make_batch()["input_ids"], Recorder()
     mask = torch.ones(13, 13, dtype=torch.bool).tril()[None, None]
     mask[..., 3] = False
     mask[..., 0] = True
+    added = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+    expected = model(ids, attention_mask=added).logits
     with pytest.warns(UserWarning, match="4-D attention mask"):
-        actual = torch.compile(model, fullgraph=True, backend=recorder)(ids, attention_mask=mask).logits
+        actual = torch.compile(patch(model), fullgraph=True, backend=recorder)(ids, attention_mask=mask).logits
     assert recorder.count("flashcore.attention") == 0
-    torch.testing.assert_close(actual, restore_attention(model)(ids, attention_mask=mask).logits)
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("family", ONE_OF_EACH_WINDOW)
+def test_traced_bidirectional_models_take_the_dense_path(family: str) -> None:
+    model, batch, recorder = make_model(family), make_batch("left-padded"), Recorder()
+    rows = batch["attention_mask"].bool()
+    model.config.is_causal = False
+    expected = model(**batch, use_cache=False).logits[rows]
+    with pytest.warns(UserWarning, match="bidirectional"):
+        actual = torch.compile(patch(model), fullgraph=True, backend=recorder)(**batch, use_cache=False).logits[rows]
+    assert recorder.count("flashcore.attention") == 0
+    torch.testing.assert_close(actual, expected)
 
 
 def test_typed_errors_keep_their_text() -> None:

@@ -1,4 +1,4 @@
-"""Masks: every one that transformers can make is served exactly, by our kernels or by the dense path."""
+"""Masks: every one that transformers can make is read exactly, for our kernels or for the dense path."""
 
 from __future__ import annotations
 
@@ -17,18 +17,17 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.masking_utils import (
     causal_mask_function,
-    create_causal_mask,
     packed_sequence_mask_function,
     sdpa_mask,
     sliding_window_causal_mask_function,
 )
 
 from flashcore_ops.errors import CapacityError, MaskError
-from flashcore_ops.integrations import attention, masks
+from flashcore_ops.integrations import masks
 from flashcore_ops.integrations.masks import create_fcore_mask
 from flashcore_ops.integrations.transformers import replace_llama_attention_with_flashcore as patch
 from flashcore_ops.reference import visible_slots
-from tests.integrations.models import WINDOW_FAMILIES, error_bar, generate, make_batch, make_model, static_cache
+from tests.integrations.models import WINDOW_FAMILIES, generate, make_batch, make_model, static_cache
 
 
 def _visible(mask: Tensor | None, window: int, batch: int, q_length: int, kv_length: int) -> Tensor:
@@ -80,90 +79,6 @@ def test_end_is_not_the_live_counter_of_the_cache() -> None:
     assert mask.tolist() == [[[[0, 5]]]]
 
 
-HOLES = torch.tensor([[1, 1, 0, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1]])
-
-
-def _with_one_warning(reason: str, call: Any) -> Any:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        result = call()
-    ours = [str(warning.message) for warning in caught if "FlashCore" in str(warning.message)]
-    assert len(ours) == 1
-    assert reason in ours[0]
-    return result
-
-
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2-window", "gemma2", "gpt-oss"])
-@pytest.mark.parametrize("kind", ["right-padded", "holes"])
-def test_right_padding_and_holes_take_the_dense_path(kind: str, family: str, cache: str, device: str) -> None:
-    """Prefill and every decode step, since right padding in the prompt is a hole from then on."""
-    model, batch = make_model(family, device), make_batch("right-padded", device)
-    if kind == "holes":
-        batch = {"input_ids": batch["input_ids"][:2], "attention_mask": HOLES.to(device)}
-    expected = generate(model, batch, cache_implementation=cache)
-    patch(model)
-    actual = _with_one_warning("right padding or holes", lambda: generate(model, batch, cache_implementation=cache))
-    assert actual.tolist() == expected.tolist()
-
-
-@pytest.mark.parametrize("family", ["llama", "mistral"])
-def test_logits_of_right_padded_batches_are_those_of_sdpa(family: str, device: str) -> None:
-    model, batch = make_model(family, device), make_batch("right-padded", device)
-    expected = model(**batch).logits
-    actual = _with_one_warning("right padding or holes", lambda: patch(model)(**batch).logits)
-    assert torch.equal(actual, expected)
-
-
-@pytest.mark.parametrize("dropped", ["softcap", "sinks"])
-@pytest.mark.parametrize("family", ["gemma2", "gpt-oss"])
-def test_the_dense_path_computes_softcap_and_sinks(family: str, dropped: str, device: str) -> None:
-    """To within the error bar of eager; and not without the one that the family has."""
-    model, batch = make_model(family, device), make_batch("right-padded", device)
-    rows = batch["attention_mask"].bool()
-    exact, bar = error_bar(model, model(**batch).logits, **batch)
-    patch(model)
-    logits = _with_one_warning("right padding or holes", lambda: model(**batch).logits)
-    assert (logits - exact)[rows].abs().max() <= bar
-    with pytest.MonkeyPatch.context() as patcher:
-        whole = attention.dense_attention
-        patcher.setattr(attention, "dense_attention", lambda *args, **rest: whole(*args, **(rest | {dropped: None})))
-        is_used = (family, dropped) in (("gemma2", "softcap"), ("gpt-oss", "sinks"))
-        assert ((model(**batch).logits - exact)[rows].abs().max() > 100 * bar) == is_used
-
-
-@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
-def test_a_users_4d_mask_is_obeyed(dtype: torch.dtype, device: str) -> None:
-    """Blocks of two documents, as bool or added to the scores."""
-    model, ids = make_model(device=device), make_batch(device=device)["input_ids"]
-    document = torch.arange(13, device=device) // 7
-    mask = (document[:, None] == document) & torch.ones(13, 13, dtype=torch.bool, device=device).tril()
-    if dtype != torch.bool:
-        mask = torch.zeros(13, 13, device=device).masked_fill(~mask, float("-inf"))
-    inputs = {"input_ids": ids, "attention_mask": mask[None, None]}
-    expected = model(**inputs).logits
-    actual = _with_one_warning("4-D attention mask", lambda: patch(model)(**inputs).logits)
-    assert torch.equal(actual, expected)
-    assert not torch.allclose(actual, model(input_ids=ids).logits)
-
-
-@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
-@pytest.mark.parametrize("family", ["gemma2", "gpt-oss"])
-def test_a_users_4d_mask_is_obeyed_beside_softcap_and_sinks(family: str, dtype: torch.dtype, device: str) -> None:
-    """Eager attention adds what is passed, True and False too, so it is given numbers."""
-    model, ids = make_model(family, device), make_batch(device=device)["input_ids"]
-    mask = torch.ones(1, 1, 13, 13, dtype=torch.bool, device=device).tril()
-    mask[..., 1:, 3:5] = False
-    mask[..., 3:5, 3:5] |= torch.eye(2, dtype=torch.bool, device=device)
-    added = torch.zeros(1, 1, 13, 13, device=device).masked_fill(~mask, float("-inf"))
-    expected = model(input_ids=ids, attention_mask=added).logits
-    patch(model)
-    passed = mask if dtype == torch.bool else added
-    actual = _with_one_warning("4-D attention mask", lambda: model(input_ids=ids, attention_mask=passed).logits)
-    torch.testing.assert_close(actual, expected)
-    assert not torch.allclose(actual, model(input_ids=ids).logits)
-
-
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.filterwarnings("ignore:FlashCore")
 def test_mask_functions_are_told_apart_by_what_they_close_over(window: int | None) -> None:
@@ -179,29 +94,6 @@ def test_mask_functions_are_told_apart_by_what_they_close_over(window: int | Non
         mask = create_fcore_mask(**size, mask_function=other)
         assert mask is not None
         assert mask.dtype == torch.uint8
-
-
-def test_a_users_own_mask_function_is_obeyed() -> None:
-    """transformers' hook for models that add to the causal mask: here, token 0 is hidden from everyone."""
-    model = make_model()
-    arguments: dict[str, Any] = {
-        "inputs_embeds": torch.zeros(2, 4, 1),
-        "attention_mask": torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]),
-        "past_key_values": None,
-        "and_mask_function": lambda batch, head, query, key: key > 0,
-    }
-    expected = create_causal_mask(model.config, **arguments)
-    patch(model)
-    actual = _with_one_warning("custom mask function", lambda: create_causal_mask(model.config, **arguments))
-    assert torch.equal(actual.bool(), expected)
-
-
-def test_bidirectional_models_take_the_dense_path() -> None:
-    model, batch = make_model(), make_batch("left-padded")
-    model.config.is_causal = False
-    expected = model(**batch, use_cache=False).logits
-    actual = _with_one_warning("bidirectional", lambda: patch(model)(**batch, use_cache=False).logits)
-    assert torch.equal(actual, expected)
 
 
 @pytest.mark.filterwarnings("ignore:FlashCore")

@@ -48,19 +48,21 @@ from tests.integrations.models import (
     implementations_of,
     make_batch,
     make_model,
+    state_of,
 )
 
 
 @pytest.mark.parametrize(("family", "implementation"), REFERENCES)
 def test_restore_puts_back_the_very_config_objects(family: str, implementation: str) -> None:
     model, batch = make_model(family, implementation=implementation), make_batch()
-    before, logits = implementations_of(model), model(**batch).logits
+    logits = model(**batch).logits
+    before = state_of(model)
     assert patch(model) is model
     assert is_patched(model)
     assert {name for _, name in implementations_of(model)} == {"fcore"}
     assert restore_attention(model) is model
     assert not is_patched(model)
-    assert implementations_of(model) == before
+    assert state_of(model) == before
     assert not [name for module in model.modules() for name in vars(module) if "flashcore" in name]
     assert torch.equal(model(**batch).logits, logits)
 
@@ -127,14 +129,18 @@ def test_a_part_of_a_model_can_be_patched() -> None:
     assert model.model.config is model.config
 
 
-def test_patching_twice_and_restoring_twice_are_refused() -> None:
-    model = patch(make_model())
+@pytest.mark.parametrize("family", FAMILIES)
+def test_patching_twice_and_restoring_twice_are_refused(family: str) -> None:
+    model = patch(make_model(family))
+    before = state_of(model)
     with pytest.raises(OptionError, match=r"not patched.*Call restore_attention\(model\) first"):
         patch(model)
+    assert state_of(model) == before
     assert is_patched(model)
-    restore_attention(model)
+    before = state_of(restore_attention(model))
     with pytest.raises(OptionError, match="expected a patched model"):
         restore_attention(model)
+    assert state_of(model) == before
 
 
 def test_another_implementation_set_later_counts_as_not_patched() -> None:

@@ -26,11 +26,11 @@ from transformers import (
 )
 
 from flashcore_ops import make_static_cache
-from flashcore_ops.errors import DtypeError, GradientError, OptionError, UnsupportedModelError
+from flashcore_ops.errors import DtypeError, GradientError, MaskError, OptionError, UnsupportedModelError
 from flashcore_ops.integrations.attention import fcore_attention
 from flashcore_ops.integrations.transformers import is_patched
 from flashcore_ops.integrations.transformers import replace_llama_attention_with_flashcore as patch
-from tests.integrations.models import implementations_of, make_batch, make_model
+from tests.integrations.models import FAMILIES, PROMPT_LEN, make_batch, make_model, state_of
 
 
 def _llama(**settings: Any) -> LlamaForCausalLM:
@@ -117,10 +117,10 @@ def _mistral(**settings: Any) -> PreTrainedModel:
 )
 def test_what_cannot_be_served_is_refused_and_left_as_it_was(make: Any, error: Any, message: str) -> None:
     model = make()
-    before = implementations_of(model)
+    before = state_of(model)
     with pytest.raises(error, match=message):
         patch(model)
-    assert implementations_of(model) == before
+    assert state_of(model) == before
     assert not is_patched(model)
 
 
@@ -129,21 +129,63 @@ def test_attention_dropout_matters_only_in_training() -> None:
     assert is_patched(patch(_llama().train()))
 
 
-def test_options_of_a_call_are_refused() -> None:
-    model, batch = patch(make_model()), make_batch()
-    with pytest.raises(OptionError, match=r"output_attentions: .*restore_attention"):
-        model(**batch, output_attentions=True)
-    for layer in model.model.layers:
-        layer.self_attn.attention_dropout = 0.1
-    with pytest.raises(OptionError, match=r"attention_dropout: .*0\.1 in training mode"):
-        model.train()(**batch)
-    model.eval()
+SHAPE_4D = (1, 1, PROMPT_LEN, PROMPT_LEN)
+CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "attention weights": ({"output_attentions": True}, OptionError, r"output_attentions: .*restore_attention"),
+    "lengths alone": ({"cu_seq_lens_q": torch.tensor([0, 6, PROMPT_LEN])}, MaskError, "cu_seq_lens_q"),
+    "another batch's mask": ({"attention_mask": torch.ones(2, PROMPT_LEN)}, MaskError, r"expected \[B, L\] with B = 1"),
+    "a 3-D mask": ({"attention_mask": torch.ones(SHAPE_4D[1:])}, MaskError, r"expected \[B, L\] with B = 1"),
+    "a 4-D mask of integers": ({"attention_mask": torch.ones(SHAPE_4D).long()}, MaskError, "dtype bool"),
+    "a 4-D mask too narrow": ({"attention_mask": torch.ones(1, 1, 13, 12).bool()}, MaskError, "broadcasts to"),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bad_calls_are_refused_and_leave_the_model_as_it_was(family: str, call: str) -> None:
+    model, ids = patch(make_model(family)), make_batch()["input_ids"]
+    options, error, message = CALLS[call]
+    # transformers leaves its recorders in place once it is asked for any output beside the logits.
+    logits = model(ids, output_hidden_states=True).logits
+    before = state_of(model)
+    with pytest.raises(error, match=message):
+        model(ids, **options)
+    assert state_of(model) == before
+    assert torch.equal(model(ids).logits, logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_and_dropout_are_refused_and_leave_the_model_as_it_was(family: str) -> None:
+    model, ids = patch(make_model(family)), make_batch()["input_ids"]
+    logits = model(ids).logits
+    before = state_of(model)
     with torch.enable_grad(), pytest.raises(GradientError, match=r"torch\.no_grad\(\)"):
-        model(**batch)
+        model(ids)
+    assert state_of(model) == before
+    for layer in (module for module in model.modules() if hasattr(module, "attention_dropout")):
+        layer.attention_dropout = 0.1
+    before = state_of(model.train())
+    with pytest.raises(OptionError, match=r"attention_dropout: .*0\.1 in training mode"):
+        model(ids)
+    assert state_of(model) == before
+    assert torch.equal(model.eval()(ids).logits, logits)
+
+
+def test_layers_that_are_not_causal_are_refused() -> None:
+    model, batch = patch(make_model()), make_batch()
     for layer in model.model.layers:
         layer.self_attn.is_causal = False
     with pytest.raises(OptionError, match="is_causal"):
         model(**batch)
+
+
+def test_generate_does_not_give_attention_weights() -> None:
+    model, batch = patch(make_model()), make_batch()
+    model.generate(**batch, max_new_tokens=2, return_dict_in_generate=True, output_hidden_states=True)
+    before = state_of(model)
+    with pytest.raises((OptionError, ValueError), match="output_attentions"):
+        model.generate(**batch, max_new_tokens=2, return_dict_in_generate=True, output_attentions=True)
+    assert state_of(model) == before
 
 
 def test_models_of_other_families_cannot_borrow_the_implementation() -> None:

@@ -87,3 +87,35 @@ def test_left_padded_batch_equals_sdpa(batch: Runs, row: int) -> None:
 def test_the_batch_has_rows_of_different_lengths(loaded: Loaded) -> None:
     lengths = [len(ids) for ids in loaded.tokenizer(list(PROMPTS))["input_ids"]]
     assert len(set(lengths)) > 1
+
+
+def _likeliest(model: Any, **inputs: Any) -> torch.Tensor:
+    return model(**inputs, use_cache=False).logits.argmax(dim=-1)
+
+
+@pytest.mark.filterwarnings("ignore:FlashCore")
+def test_right_padded_and_packed_prompts_are_scored_as_by_sdpa(loaded: Loaded) -> None:
+    """The likeliest token behind every token of the prompts."""
+    model, tokenizer = loaded
+    padded = tokenizer(list(PROMPTS), return_tensors="pt", padding=True, padding_side="right").to(model.device)
+    rows = padded["attention_mask"].bool()
+    assert not rows.all()
+    lengths = rows.sum(dim=1)
+    positions = torch.cat([torch.arange(length, device=model.device) for length in lengths])
+    batches = ({**padded}, {"input_ids": padded["input_ids"][rows][None], "position_ids": positions[None]})
+    expected = [_likeliest(model, **batch) for batch in batches]
+    patch(model)
+    actual = [_likeliest(model, **batch) for batch in batches]
+    restore_attention(model)
+    assert actual[0][rows].tolist() == expected[0][rows].tolist()
+    assert actual[1].tolist() == expected[1].tolist() == [actual[0][rows].tolist()]
+
+
+def test_a_static_cache_equals_sdpa(loaded: Loaded) -> None:
+    inputs = loaded.tokenizer(list(PROMPTS[:2]), return_tensors="pt", padding=True).to(loaded.model.device)
+    options = {"do_sample": False, "max_new_tokens": 8, "cache_implementation": "static", "disable_compile": True}
+    expected = loaded.model.generate(**inputs, **options).tolist()
+    patch(loaded.model)
+    actual = loaded.model.generate(**inputs, **options).tolist()
+    restore_attention(loaded.model)
+    assert actual == expected
