@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from csrc_free_kernels.tuning import GENERATION, MIN_DOT_SIZE, ceil_div, next_power_of_2
+from csrc_free_kernels.tuning import MIN_DOT_SIZE, ceil_div, is_hopper, next_power_of_2, of_generation
 
 
 @dataclass(frozen=True)
@@ -82,10 +82,9 @@ def linear_tiles(
         # Eight loads of 16 bytes in flight a thread.
         block_n = num_warps * 32 * (128 // dtype.itemsize) // block_k
         return LinearTiles(1, block_n, block_k, num_warps, num_stages=1, prefetched_bytes=2 * 2**20)
-    generation = GENERATION.get(arch, "small")
-    if generation == "hopper" and is_aligned:
+    if is_hopper(arch) and is_aligned:
         return _ring_tiles(num_rows, ceil_div(num_columns, num_multiprocessors))
-    one_wave, wider = _LINEAR["small" if generation == "small" else "ampere"][16 if num_rows <= 16 else 32]
+    one_wave, wider = of_generation(_LINEAR, arch)[16 if num_rows <= 16 else 32]
     tiles = one_wave if num_columns <= num_multiprocessors * one_wave.block_n else wider
     return replace(tiles, block_k=min(tiles.block_k, max(MIN_DOT_SIZE, next_power_of_2(depth))))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 
@@ -30,6 +31,7 @@ class HopperTiles:
     num_programs: int = 0
 
 
+T = TypeVar("T")
 Table = dict[tuple[int, int], Tiles]
 
 # Tiles by (padded head dim, bytes an element). Shared memory and registers bound them: 16-bit kernels must not spill.
@@ -71,7 +73,7 @@ _HOPPER_DECODE: dict[str, Table] = {
     "masked": {(64, 2): Tiles(32, 64, 8, 5), (128, 2): Tiles(32, 64, 8, 5), (256, 2): Tiles(16, 32, 8, 5)},
 }
 # Every other GPU gets the tables that fit 64 KB of shared memory.
-GENERATION = {"sm_90": "hopper", "sm_80": "ampere", "sm_100": "blackwell", "sm_103": "blackwell"}
+_GENERATION = {"sm_90": "hopper", "sm_80": "ampere", "sm_100": "blackwell", "sm_103": "blackwell"}
 # Tensor cores multiply no fewer rows, and no shorter ones.
 MIN_DOT_SIZE = 16
 # Query tokens up to which the split kernel serves; beyond, prefill has enough tiles of its own.
@@ -99,7 +101,7 @@ def architecture(device: torch.device) -> str:
 
 def is_hopper(arch: str) -> bool:
     """Whether the kernels that are written for Hopper alone run on such a GPU."""
-    return GENERATION.get(arch) == "hopper"
+    return _GENERATION.get(arch) == "hopper"
 
 
 def num_multiprocessors(device: torch.device) -> int:
@@ -125,7 +127,7 @@ def prefill_tiles(arch: str, dtype: torch.dtype, head_dim: int) -> Tiles:
         >>> prefill_tiles("sm_90", torch.bfloat16, 128)
         Tiles(block_m=128, block_n=64, num_warps=8, num_stages=3)
     """
-    table = _of_generation(_PREFILL, arch) | _FLOAT32_PREFILL
+    table = of_generation(_PREFILL, arch) | _FLOAT32_PREFILL
     return table[_table_key(dtype, head_dim)]
 
 
@@ -183,7 +185,7 @@ def plan_decode(
     if is_tuned:
         table = _HOPPER_DECODE["masked" if is_masked else "waves"]
     else:
-        table = _of_generation(_DECODE, arch) | _FLOAT32_DECODE
+        table = of_generation(_DECODE, arch) | _FLOAT32_DECODE
     block_m = min(table[key].block_m, max(MIN_DOT_SIZE, next_power_of_2(num_rows)))
     num_programs = num_heads * ceil_div(num_rows, block_m)
     num_places = num_multiprocessors * (1 if is_tuned else _PROGRAMS_PER_PROCESSOR)
@@ -203,9 +205,9 @@ def plan_decode(
     )
 
 
-def _of_generation(tables: dict[str, Table], arch: str) -> Table:
-    """The tables of an architecture; where there are none of its own, Ampere's fit Hopper and Blackwell too."""
-    generation = GENERATION.get(arch, "small")
+def of_generation(tables: dict[str, T], arch: str) -> T:
+    """What holds for an architecture; where there is nothing of its own, Ampere's fits Hopper and Blackwell too."""
+    generation = _GENERATION.get(arch, "small")
     return tables[generation] if generation in tables else tables["ampere"]
 
 

@@ -9,7 +9,7 @@ from csrc_free_kernels import argmax as argmax_kernels
 from csrc_free_kernels import decode, kv_append, linear_tuning, prefill, rope_decode, tuning
 from csrc_free_kernels import linear as linear_kernels
 from csrc_free_kernels import step_input as step_input_kernels
-from csrc_free_kernels.tuning import HopperTiles, Tiles
+from csrc_free_kernels.tuning import DecodePlan, HopperTiles, Tiles
 
 
 def attention(
@@ -28,12 +28,11 @@ def attention(
     lse: Tensor | None,
 ) -> None:
     """Writes attention's result `[B, Hq, Q, Dv]` into output, and `[B, Hq, Q]` into lse if given."""
-    batch, num_query_heads, query_len, head_dim = query.shape
-    if batch == 0 or query_len == 0:
+    query_len = query.shape[2]
+    if query.shape[0] == 0 or query_len == 0:
         return
-    num_kv_heads, kv_len = key.shape[1], key.shape[2]
     # A window of all slots hides none; a larger one could overflow the kernels' int32.
-    window = min(window, max(kv_len, 1))
+    window = min(window, max(key.shape[2], 1))
     sinks = None if sinks is None else sinks.contiguous()
     # Triton launches on the current device.
     with torch.cuda.device(query.device):
@@ -54,15 +53,6 @@ def attention(
                 tiles=_prefill_tiles(query, key, value, scale, softcap, cu_seqlens_q),
             )
             return
-        arch = tuning.architecture(query.device)
-        plan = tuning.plan_decode(
-            *(arch, query.dtype, max(head_dim, value.shape[3])),
-            num_rows=num_query_heads // num_kv_heads * query_len,
-            num_heads=batch * num_kv_heads,
-            kv_len=kv_len,
-            num_multiprocessors=tuning.num_multiprocessors(query.device),
-            num_splits=num_splits,
-        )
         decode.decode_attention(
             query,
             key,
@@ -75,8 +65,8 @@ def attention(
             is_causal=is_causal,
             window=window,
             softcap=softcap,
-            plan=plan,
-            is_dependent=tuning.supports_dependent_launch(arch),
+            plan=_plan_decode(query, key, value, num_splits),
+            is_dependent=tuning.supports_dependent_launch(tuning.architecture(query.device)),
         )
 
 
@@ -116,22 +106,12 @@ def rope_append_attention(
     output: Tensor,
 ) -> None:
     """Rotates and appends one new token a row, and writes attention's result `[B, Hq, 1, Dv]` into output."""
-    batch, num_query_heads, _, head_dim = query.shape
-    if batch == 0:
+    if query.shape[0] == 0:
         return
-    num_kv_heads, kv_len = key_cache.shape[1], key_cache.shape[2]
+    kv_len = key_cache.shape[2]
     if kv_len == 0:
         output.fill_(torch.nan)
         return
-    arch = tuning.architecture(query.device)
-    plan = tuning.plan_decode(
-        *(arch, query.dtype, max(head_dim, value_cache.shape[3])),
-        num_rows=num_query_heads // num_kv_heads,
-        num_heads=batch * num_kv_heads,
-        kv_len=kv_len,
-        num_multiprocessors=tuning.num_multiprocessors(query.device),
-        num_splits=num_splits,
-    )
     with torch.cuda.device(query.device):
         rope_decode.rope_append_attention(
             query,
@@ -148,10 +128,23 @@ def rope_append_attention(
             window=min(window, kv_len),
             softcap=softcap,
             next_weight=next_weight,
-            plan=plan,
-            is_dependent=tuning.supports_dependent_launch(arch),
+            plan=_plan_decode(query, key_cache, value_cache, num_splits),
+            is_dependent=tuning.supports_dependent_launch(tuning.architecture(query.device)),
         )
     _increment_versions(key_cache, value_cache)
+
+
+def _plan_decode(query: Tensor, key: Tensor, value: Tensor, num_splits: int) -> DecodePlan:
+    batch, num_query_heads, query_len, head_dim = query.shape
+    _, num_kv_heads, kv_len, _ = key.shape
+    return tuning.plan_decode(
+        *(tuning.architecture(query.device), query.dtype, max(head_dim, value.shape[3])),
+        num_rows=num_query_heads // num_kv_heads * query_len,
+        num_heads=batch * num_kv_heads,
+        kv_len=kv_len,
+        num_multiprocessors=tuning.num_multiprocessors(query.device),
+        num_splits=num_splits,
+    )
 
 
 def _increment_versions(*caches: Tensor) -> None:
