@@ -33,6 +33,9 @@ class LinearTiles:
 _LINEAR = {
     "ampere": {16: (LinearTiles(16, 32, 256, 4, 6), LinearTiles(16, 32, 256, 4, 3)),
                32: (LinearTiles(32, 32, 256, 4, 4), LinearTiles(32, 32, 256, 4, 2))},
+    # At 256 deep ptxas puts 8 bytes of the down projection's kernel on the stack.
+    "blackwell": {16: (LinearTiles(16, 32, 128, 4, 8), LinearTiles(16, 32, 128, 4, 4)),
+                  32: (LinearTiles(32, 32, 256, 4, 4), LinearTiles(32, 32, 256, 4, 2))},
     "small": {16: (LinearTiles(16, 32, 128, 4, 4), LinearTiles(16, 32, 128, 4, 3)),
               32: (LinearTiles(32, 32, 128, 4, 3), LinearTiles(32, 32, 128, 4, 2))},
 }  # fmt: skip

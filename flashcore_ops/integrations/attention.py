@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from flashcore_ops.errors import MaskError, OptionError, UnsupportedModelError
 from flashcore_ops.integrations.dense import dense_attention
-from flashcore_ops.integrations.packing import is_packed, packed_attention
+from flashcore_ops.integrations.packing import drop_flag, packed_attention, sequence_bounds
 
 # Fused layers serve none of them; `fcore_attention` has the first two as arguments of its own.
 _UNSERVED_FEATURES = ("softcap", "s_aux", "position_bias")
@@ -35,21 +35,23 @@ def fcore_attention(
         module: the layer that asks.
         query: `[B, Hq, Q, D]`, float16, bfloat16 or float32.
         key, value: `[B, Hkv, S, D]`, past and new tokens; a static cache's whole buffer.
-        attention_mask: what `create_fcore_mask` returned (None, int32 `[B, 1, 1, 2]` or `[1, 1, 1, N + 1]`, or
-            uint8), or a user's own 4-D mask.
+        attention_mask: what `create_fcore_mask` returned (None, int32 `[B, 1, 1, 2]`, `[1, 1, 1, N + 1]` or
+            `[1, 1, 1, 1]`, or uint8), or a user's own 4-D mask.
         dropout: must be 0.
         scaling: factor on the scores, None for `D ** -0.5`.
         sliding_window: in tokens, None for none.
         softcap: bound c of the scores, which become `c * tanh(score / c)`; None for none.
         s_aux: sinks `[Hq]`, a score of each head that joins the softmax's denominator only; None for none.
         is_causal: overrides the layer's own; must not be False unless attention_mask is dense.
+        kwargs: cu_seq_lens_q, int32 `[N + 1]`, tells N packed sequences in the rows of the batch; what else
+            transformers hands to its attention functions is not needed.
 
     Returns:
         `[B, Q, Hq, D]`, and None in the place of attention weights.
 
     Raises:
         OptionError: dropout, attention weights or bidirectional attention are asked for.
-        MaskError: attention_mask is malformed, or packed sequences are given by cu_seq_lens alone.
+        MaskError: attention_mask or cu_seq_lens_q is malformed, or the two come together.
         UnsupportedModelError: the layer has a feature that is not served.
         FlashCoreError: what `torch.ops.flashcore.attention` raises.
 
@@ -65,6 +67,7 @@ def fcore_attention(
     check_options(dropout, kwargs)
     if attention_mask is not None and not isinstance(attention_mask, Tensor):
         raise _mask_error(f"a {type(attention_mask).__name__}")
+    bounds = sequence_bounds(query, key, attention_mask, kwargs)
     if attention_mask is not None and attention_mask.dtype != torch.int32:
         return dense_attention(
             *(module, query, key, value, attention_mask), scaling=scaling, softcap=softcap, sinks=s_aux
@@ -77,15 +80,9 @@ def fcore_attention(
             fix="Set is_causal=False in the model's config before it is built, or pass a 4-D attention mask.",
         )
     options = (scaling, True, sliding_window or 0, softcap or 0.0, s_aux)
-    if attention_mask is not None and is_packed(attention_mask):
-        return packed_attention(query, key, value, attention_mask, *options).transpose(1, 2), None
-    if kwargs.get("cu_seq_lens_q") is not None:
-        raise MaskError.explain(
-            "cu_seq_lens_q",
-            expected="packed sequences given by position_ids that restart, without attention_mask and cache",
-            got="cu_seq_lens_q alone",
-            fix="Pass such position_ids, or a 4-D attention mask.",
-        )
+    if bounds is not None:
+        return packed_attention(query, key, value, bounds, *options).transpose(1, 2), None
+    attention_mask = drop_flag(attention_mask)
     if attention_mask is not None and attention_mask.shape != (query.shape[0], 1, 1, 2):
         raise _mask_error(f"int32 {list(attention_mask.shape)}")
     kv_range = None if attention_mask is None else attention_mask[:, 0, 0]

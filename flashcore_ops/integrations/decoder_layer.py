@@ -54,8 +54,9 @@ class FlashCoreDecoderLayer(nn.Module):
     ) -> Tensor:
         layer: Any = self
         is_decode = hidden_states.shape[1] == 1 and hidden_states.shape[0] <= MAX_DECODE_ROWS
+        is_packed = kwargs.get("cu_seq_lens_q") is not None
         is_patched = layer.self_attn.config._attn_implementation == ATTENTION_NAME
-        if not (is_decode and is_patched and is_bypassable(layer.self_attn, *_ATTENTIONS)):
+        if is_packed or not (is_decode and is_patched and is_bypassable(layer.self_attn, *_ATTENTIONS)):
             output: Tensor = super().forward(
                 hidden_states,
                 attention_mask=attention_mask,

@@ -1,10 +1,10 @@
 """Hugging Face attention masks as FlashCore reads them.
 
 A causal mask, windowed or not, with padding on the left only, travels as int32 `[B, 1, 1, 2]`: the (start, end)
-of each row's `kv_range`. Packed sequences travel as their bounds (packing.py). transformers hands 4-D masks on
-untouched, so this channel reaches the attention function through the model, `generate` and accelerate's hooks
-alike. Any other mask travels as uint8 `[B, 1, Q, S]` and takes the dense path; a user's own 4-D mask is bool or
-float, so uint8 is taken to be ours.
+of each row's `kv_range`. Packed sequences travel as their bounds, or while tracing as a flag (packing.py).
+transformers hands 4-D masks on untouched, so this channel reaches the attention function through the model,
+`generate` and accelerate's hooks alike. Any other mask travels as uint8 `[B, 1, Q, S]` and takes the dense path; a
+user's own 4-D mask is bool or float, so uint8 is taken to be ours.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from transformers.utils.import_utils import is_tracing
 from flashcore_ops.errors import CapacityError, MaskError
 from flashcore_ops.integrations.closures import is_same_function
 from flashcore_ops.integrations.dense import create_dense_mask
-from flashcore_ops.integrations.packing import packed_bounds
+from flashcore_ops.integrations.packing import packed_bounds, single_sequences
 from flashcore_ops.integrations.static_cache import check_capacity
 
 MaskFunction = Callable[..., Tensor]
 
 NOT_LEFT_PADDING = "the attention mask has right padding or holes"
-NOT_CAUSAL = "the mask is not plainly causal (packed sequences, a custom mask function, bidirectional attention)"
+NOT_CAUSAL = "the mask is not plainly causal (a custom mask function, bidirectional attention)"
 _FIX = "Only causal masks with padding on the left can be served here: run this batch without torch.compile."
 
 # By window, the shape of the last mask that was found left-padded.
@@ -101,14 +101,17 @@ def create_fcore_mask(
     if use_vmap or not is_causal or not (is_traced or is_same_function(mask_function, plain)):
         bounds = None if use_vmap or is_traced else packed_bounds(mask_function, plain, q_length, kv_length)
         return create_dense_mask(NOT_CAUSAL, **place, **content) if bounds is None else bounds
-    if is_traced and mask_function is not causal_mask_function:
-        _assert_same_mask(mask_function, plain, **place)
 
     # The sum is a new tensor: a static cache's q_offset is its live counter.
     end = q_offset + q_length - kv_offset
+    fills_slots = not isinstance(end, Tensor) and end == kv_length
+    if is_traced and mask_function is not causal_mask_function:
+        is_plain = _is_same_mask(mask_function, plain, **place)
+        if attention_mask is None and fills_slots:
+            return single_sequences(is_plain)
+        torch._assert_async(is_plain, f"flashcore: {NOT_CAUSAL}. {_FIX}")
     if not is_traced:
         _check_capacity(end, q_length, kv_length)
-    fills_slots = not isinstance(end, Tensor) and end == kv_length
     if attention_mask is None:
         return None if fills_slots else _pack(torch.zeros(batch_size, dtype=torch.int64, device=device), end)
 
@@ -125,7 +128,7 @@ def create_fcore_mask(
     return _pack(start, end)
 
 
-def _assert_same_mask(
+def _is_same_mask(
     mask_function: MaskFunction,
     plain: MaskFunction,
     batch_size: int,
@@ -134,8 +137,8 @@ def _assert_same_mask(
     q_offset: int | Tensor,
     kv_offset: int,
     device: torch.device | str,
-) -> None:
-    """Has the device raise unless two masks agree everywhere: closures cannot be compared while tracing.
+) -> Tensor:
+    """Whether two masks agree everywhere, found by the device: closures cannot be compared while tracing.
 
     Without a cache, transformers adds its packed-sequence mask to every traced call, packed or not.
     """
@@ -145,8 +148,7 @@ def _assert_same_mask(
         torch.arange(q_length, device=device)[None, None, :, None] + q_offset,
         torch.arange(kv_length, device=device)[None, None, None, :] + kv_offset,
     )
-    is_same = (mask_function(*indices) == plain(*indices)).all()
-    torch._assert_async(is_same, f"flashcore: {NOT_CAUSAL}. {_FIX}")
+    return (mask_function(*indices) == plain(*indices)).all()
 
 
 def _check_window(q_offset: int | Tensor, kv_offset: int, window: int | None) -> None:

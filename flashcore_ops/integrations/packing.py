@@ -1,7 +1,11 @@
-"""Packed sequences, which transformers tells by position ids that restart: recognised, and attended to by our kernels.
+"""Packed sequences, told by position ids that restart or by `cu_seq_lens_q`, and attended to by our kernels.
 
-They travel as int32 `[1, 1, 1, N + 1]`, the bounds of N sequences in the rows of the whole batch, one behind the other.
-A batch with a single sequence is not packed, so this is never as narrow as the (start, end) of `kv_range`.
+Those that transformers finds by the position ids travel as int32 `[1, 1, 1, N + 1]`, the bounds of N sequences in the
+rows of the whole batch, one behind the other. A batch with a single sequence is not packed, so this is never as narrow
+as the (start, end) of `kv_range`.
+
+While tracing nobody can count the sequences. There int32 `[1, 1, 1, 1]` travels, whether the positions restart nowhere,
+and the device raises if they do and `cu_seq_lens_q` does not say where.
 """
 
 from __future__ import annotations
@@ -13,7 +17,13 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import and_masks, packed_sequence_mask_function
 
+from flashcore_ops.errors import MaskError
 from flashcore_ops.integrations.closures import closed_over, is_same_function
+
+_RESTARTS = (
+    "position_ids restart, and torch.compile cannot count packed sequences. Pass cu_seq_lens_q too, int32 [N + 1], "
+    "or run this batch without torch.compile."
+)
 
 
 def packed_bounds(mask_function: Any, plain: Callable[..., Tensor], q_length: int, kv_length: int) -> Tensor | None:
@@ -42,16 +52,67 @@ def packed_bounds(mask_function: Any, plain: Callable[..., Tensor], q_length: in
     return bounds.to(torch.int32)[None, None, None]
 
 
-def is_packed(attention_mask: Tensor) -> bool:
-    """Whether an int32 mask has the bounds of packed sequences."""
-    return attention_mask.shape[:3] == (1, 1, 1) and attention_mask.shape[3] > 2
+def single_sequences(is_single: Tensor) -> Tensor:
+    """What travels while tracing: whether each row is a single sequence, as the device finds it."""
+    return is_single.to(torch.int32)[None, None, None, None]
+
+
+def sequence_bounds(query: Tensor, key: Tensor, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
+    """The bounds `[N + 1]` of the packed sequences that a layer's arguments tell of, or None.
+
+    Raises:
+        MaskError: cu_seq_lens_q is malformed, or beside an attention mask, past tokens or another cu_seq_lens_k.
+    """
+    bounds = kwargs.get("cu_seq_lens_q")
+    if bounds is not None:
+        _check_bounds(bounds, query, key, attention_mask, kwargs.get("cu_seq_lens_k"))
+    elif attention_mask is not None and _has_bounds(attention_mask):
+        bounds = attention_mask[0, 0, 0]
+    return bounds
+
+
+def drop_flag(attention_mask: Tensor | None) -> Tensor | None:
+    """The mask of rows that are not packed: the flag of a traced call is checked on the device, and gone."""
+    if attention_mask is None or not _is_flag(attention_mask):
+        return attention_mask
+    torch._assert_async(attention_mask[0, 0, 0, 0] == 1, f"flashcore: {_RESTARTS}")
+    return None
+
+
+def _has_bounds(attention_mask: Tensor) -> bool:
+    is_ours = attention_mask.dtype == torch.int32 and attention_mask.shape[:3] == (1, 1, 1)
+    return is_ours and attention_mask.shape[3] > 2
+
+
+def _is_flag(attention_mask: Tensor) -> bool:
+    return attention_mask.dtype == torch.int32 and attention_mask.shape == (1, 1, 1, 1)
+
+
+def _check_bounds(bounds: Any, query: Tensor, key: Tensor, attention_mask: Tensor | None, key_bounds: Any) -> None:
+    got = None
+    if not isinstance(bounds, Tensor) or bounds.dim() != 1 or bounds.dtype != torch.int32:
+        got = f"{bounds.dtype} {list(bounds.shape)}" if isinstance(bounds, Tensor) else f"a {type(bounds).__name__}"
+    elif attention_mask is not None and not (_has_bounds(attention_mask) or _is_flag(attention_mask)):
+        got = "an attention_mask beside it"
+    elif query.shape[2] != key.shape[2]:
+        got = "past tokens beside it"
+    elif key_bounds is not None and key_bounds.shape != bounds.shape:
+        got = f"another cu_seq_lens_k {list(key_bounds.shape)} beside it"
+    if got is not None:
+        raise MaskError.explain(
+            "cu_seq_lens_q",
+            expected="int32 [N + 1], the bounds of N sequences of new tokens that tell all of the mask",
+            got=got,
+            fix="Pass what DataCollatorWithFlattening(return_flash_attn_kwargs=True) returns, and no mask or cache.",
+        )
 
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, *options: Any) -> Tensor:
     """`[B, Hq, Q, D]` of tensors in a model's layout, whose rows become one batch without a copy.
 
+    bounds: int32 `[N + 1]`, those of the sequences in all rows of the batch.
     options: those of `torch.ops.flashcore.attention` after kv_range, up to the sinks.
     """
     rows = (tensor.transpose(1, 2).flatten(0, 1)[None].transpose(1, 2) for tensor in (query, key, value))
-    output: Tensor = torch.ops.flashcore.attention(*rows, None, *options, cu_seqlens_q=bounds[0, 0, 0])
+    output: Tensor = torch.ops.flashcore.attention(*rows, None, *options, cu_seqlens_q=bounds)
     return output[0].transpose(0, 1).unflatten(0, (query.shape[0], -1)).transpose(1, 2)

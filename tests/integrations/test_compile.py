@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from flashcore_ops.errors import OptionError
 from flashcore_ops.integrations.transformers import replace_llama_attention_with_flashcore as patch
 from flashcore_ops.integrations.transformers import restore_attention
-from tests.integrations.models import FAMILIES, generate, make_batch, make_model, static_cache
+from tests.integrations.models import FAMILIES, PROMPT_LEN, generate, make_batch, make_model, static_cache
 from tests.integrations.recorder import Recorder
 from tests.snapshots import assert_expected_inline
 
@@ -143,8 +143,33 @@ def test_traced_packed_sequences_raise(family: str) -> None:
         expected = model(ids, position_ids=positions % 6, use_cache=False).logits
         torch.testing.assert_close(compiled(ids, position_ids=positions % 6, use_cache=False).logits, expected)
         return
-    with pytest.raises(RuntimeError, match=r"packed sequences.*run this batch without torch\.compile"):
+    with pytest.raises(RuntimeError, match=r"position_ids restart.*Pass cu_seq_lens_q.*without torch\.compile"):
         compiled(ids, position_ids=positions % 6, use_cache=False)
+
+
+def _each_alone(model: Any, ids: Tensor, positions: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    parts = zip(ids.split(lengths, dim=1), positions.split(lengths, dim=1), strict=True)
+    return torch.cat([model(part, position_ids=rows, use_cache=False).logits for part, rows in parts], dim=1)
+
+
+@pytest.mark.parametrize("has_positions", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compiled_packed_sequences_equal_hugging_faces(family: str, has_positions: bool) -> None:
+    """Told by their bounds: each gives the logits and the likeliest tokens that it gives alone on Hugging Face's."""
+    model, ids, recorder = make_model(family), make_batch()["input_ids"], Recorder()
+    packs = ((6, 7), (4, 4, 5), (1, 9, 2, 1), (12, 1))
+    restarting = [torch.cat([torch.arange(length) for length in lengths])[None] for lengths in packs]
+    positions = restarting if has_positions else [torch.arange(PROMPT_LEN)[None]] * len(packs)
+    alone = [_each_alone(model, ids, rows, lengths) for rows, lengths in zip(positions, packs, strict=True)]
+    compiled = torch.compile(patch(model), fullgraph=True, backend=recorder)
+    for lengths, rows, expected in zip(packs, positions, alone, strict=True):
+        bounds = torch.tensor([0, *lengths]).cumsum(0).int()
+        told = {"position_ids": rows} if has_positions else {}
+        actual = compiled(ids, cu_seq_lens_q=bounds, use_cache=False, **told).logits
+        torch.testing.assert_close(actual, expected)
+        assert actual.argmax(-1).tolist() == expected.argmax(-1).tolist()
+    # One for the first number of sequences, and one for any.
+    assert len(recorder.graphs) == 2
 
 
 def test_a_traced_static_cache_that_drops_what_the_window_shows_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""Packed sequences, told by positions that restart: our kernels keep them apart, in every family."""
+"""Packed sequences, told by positions that restart or by bounds: our kernels keep them apart, in every family."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DataCollatorWithFlattening, DynamicCache
 from transformers.masking_utils import (
     and_masks,
     causal_mask_function,
@@ -16,6 +16,7 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
+from flashcore_ops import make_static_cache
 from flashcore_ops.errors import MaskError
 from flashcore_ops.integrations import attention as integration
 from flashcore_ops.integrations.packing import packed_bounds
@@ -89,13 +90,69 @@ def test_beside_a_cache_positions_that_restart_tell_nothing(family: str, cache: 
     assert (actual.double() - exact).abs().max() <= bar
 
 
-def test_lengths_alone_are_refused(device: str) -> None:
-    model, ids = patch(make_model("llama", device)), make_batch("single", device)["input_ids"]
+@pytest.mark.parametrize("has_positions", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bounds_tell_the_sequences(family: str, has_positions: bool, device: str) -> None:
+    """As DataCollatorWithFlattening returns them, for GPT-OSS too. Without positions, those of the rows hold."""
+    model, ids = patch(make_model(family, device)), make_batch("single", device)["input_ids"]
     bounds = torch.tensor([0, 6, PROMPT_LEN], device=device, dtype=torch.int32)
-    with pytest.raises(MaskError, match="cu_seq_lens_q"):
-        model(ids, cu_seq_lens_q=bounds)
-    inputs = {"position_ids": packed_positions((6, 7), device=device), "use_cache": False}
-    assert torch.equal(model(ids, cu_seq_lens_q=bounds, **inputs).logits, model(ids, **inputs).logits)
+    first = torch.arange(6, device=device)[None]
+    second = torch.arange(0 if has_positions else 6, 7 if has_positions else PROMPT_LEN, device=device)[None]
+    alone = [
+        model(ids[:, :6], position_ids=first, use_cache=False).logits,
+        model(ids[:, 6:], position_ids=second, use_cache=False).logits,
+    ]
+    inputs: dict[str, Any] = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 7, "max_length_k": 7}
+    if has_positions:
+        inputs |= {"position_ids": packed_positions((6, 7), device=device), "use_cache": False}
+    torch.testing.assert_close(model(ids, **inputs).logits, torch.cat(alone, dim=1))
+
+
+def test_what_transformers_collates_is_served(device: str) -> None:
+    model, ids = patch(make_model(device=device)), make_batch(device=device)["input_ids"]
+    collate = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+    packed = collate([{"input_ids": part[0].tolist()} for part in ids.split((6, 7), dim=1)])
+    batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in packed.items()}
+    alone = [model(part).logits for part in ids.split((6, 7), dim=1)]
+    torch.testing.assert_close(model(**batch).logits, torch.cat(alone, dim=1))
+
+
+def test_bounds_go_on_from_row_to_row(device: str) -> None:
+    model, batch = patch(make_model("llama", device)), make_batch("single", device)
+    ids = batch["input_ids"].repeat(2, 1)
+    positions = packed_positions((6, 7), (13,), device=device)
+    bounds = torch.tensor([0, 6, 13, 26], device=device, dtype=torch.int32)
+    told = model(ids, position_ids=positions, use_cache=False, cu_seq_lens_q=bounds).logits
+    assert torch.equal(told, model(ids, position_ids=positions, use_cache=False).logits)
+
+
+BOUNDS = torch.tensor([0, 6, PROMPT_LEN], dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "got"),
+    [
+        ({"cu_seq_lens_q": BOUNDS.long()}, r"got torch\.int64 \[3\]"),
+        ({"cu_seq_lens_q": BOUNDS[None]}, r"got torch\.int32 \[1, 3\]"),
+        ({"cu_seq_lens_q": BOUNDS.tolist()}, "got a list"),
+        ({"cu_seq_lens_q": BOUNDS, "cu_seq_lens_k": BOUNDS[:2]}, r"another cu_seq_lens_k \[2\]"),
+        ({"cu_seq_lens_q": BOUNDS, "attention_mask": torch.arange(PROMPT_LEN)[None] > 2}, "an attention_mask"),
+        ({"cu_seq_lens_q": BOUNDS, "attention_mask": torch.ones(1, 1, 13, 13, dtype=torch.bool)}, "an attention_mask"),
+    ],
+)
+def test_malformed_bounds_are_refused(arguments: dict[str, Any], got: str) -> None:
+    with pytest.raises(MaskError, match=rf"cu_seq_lens_q: expected int32 \[N \+ 1\].*{got}"):
+        patch(make_model())(make_batch()["input_ids"], **arguments)
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_bounds_beside_past_tokens_are_refused(cache: str) -> None:
+    model, ids = patch(make_model()), make_batch()["input_ids"]
+    past = make_static_cache(model, 1, 20) if cache == "static" else DynamicCache()
+    model(ids, past_key_values=past)
+    bounds = torch.tensor([0, 1], dtype=torch.int32)
+    with pytest.raises(MaskError, match=r"cu_seq_lens_q: .*(past tokens|attention_mask) beside it"):
+        model(ids[:, :1], past_key_values=past, cu_seq_lens_q=bounds)
 
 
 NUMBERS = torch.tensor([[0, 0, 1, 1], [0, 0, 0, 0]])
@@ -123,7 +180,7 @@ def test_one_call_of_the_op_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
     def record(*arguments: Any) -> Tensor:
-        calls.append(arguments[3].flatten().tolist())
+        calls.append(arguments[3].tolist())
         return packed_attention(*arguments)
 
     packed_attention = integration.packed_attention

@@ -132,7 +132,7 @@ def test_attention_dropout_matters_only_in_training() -> None:
 SHAPE_4D = (1, 1, PROMPT_LEN, PROMPT_LEN)
 CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "attention weights": ({"output_attentions": True}, OptionError, r"output_attentions: .*restore_attention"),
-    "lengths alone": ({"cu_seq_lens_q": torch.tensor([0, 6, PROMPT_LEN])}, MaskError, "cu_seq_lens_q"),
+    "malformed bounds": ({"cu_seq_lens_q": torch.tensor([0, 6, PROMPT_LEN])}, MaskError, "cu_seq_lens_q"),
     "another batch's mask": ({"attention_mask": torch.ones(2, PROMPT_LEN)}, MaskError, r"expected \[B, L\] with B = 1"),
     "a 3-D mask": ({"attention_mask": torch.ones(SHAPE_4D[1:])}, MaskError, r"expected \[B, L\] with B = 1"),
     "a 4-D mask of integers": ({"attention_mask": torch.ones(SHAPE_4D).long()}, MaskError, "dtype bool"),
