@@ -5,6 +5,10 @@ of each row's `kv_range`. Packed sequences travel as their bounds, or while trac
 transformers hands 4-D masks on untouched, so this channel reaches the attention function through the model,
 `generate` and accelerate's hooks alike. Any other mask travels as uint8 `[B, 1, Q, S]` and takes the dense path; a
 user's own 4-D mask is bool or float, so uint8 is taken to be ours.
+
+No token sees padding to its right, so causality alone would do there. But Hugging Face's `generate` goes on from the
+padding's own rows, and those see no padding in its attention: the dense path gives the same. While tracing there is
+no other path, and these rows have no meaning.
 """
 
 from __future__ import annotations
@@ -33,7 +37,8 @@ MaskFunction = Callable[..., Tensor]
 
 NOT_LEFT_PADDING = "the attention mask has right padding or holes"
 NOT_CAUSAL = "the mask is not plainly causal (a custom mask function, bidirectional attention)"
-_FIX = "Only causal masks with padding on the left can be served here: run this batch without torch.compile."
+HOLES = "the attention mask has holes, padding between tokens"
+_FIX = "Only causal masks with padding around the tokens can be served here: run this batch without torch.compile."
 
 # By window, the shape of the last mask that was found left-padded.
 Records = dict[int | None, tuple[int, int]]
@@ -117,9 +122,13 @@ def create_fcore_mask(
 
     _check_padding_mask(attention_mask, batch_size)
     padding_mask = prepare_padding_mask(attention_mask, kv_length, kv_offset)
-    start, is_left_padded = _left_padding(padding_mask[:, kv_offset : kv_offset + kv_length], end)
+    tokens = padding_mask[:, kv_offset : kv_offset + kv_length]
+    start, is_left_padded, is_padded_around = _read_padding(tokens, end)
     if is_traced:
-        torch._assert_async(is_left_padded, f"flashcore: {NOT_LEFT_PADDING}. {_FIX}")
+        # A step's mask that hides the new tokens of all rows was not extended for them.
+        is_new = (q_offset == 0) & (attention_mask.shape[1] >= q_length)
+        is_served = is_left_padded | (is_padded_around & is_new)
+        torch._assert_async(is_served, f"flashcore: {HOLES}. {_FIX}")
         return _pack(start, end)
     if not _is_left_padded(is_left_padded, attention_mask, q_length, _records_of(config), local_size):
         return create_dense_mask(NOT_LEFT_PADDING, **place, **content)
@@ -182,12 +191,15 @@ def _check_padding_mask(attention_mask: Tensor, batch_size: int) -> None:
         )
 
 
-def _left_padding(padding_mask: Tensor, end: int | Tensor) -> tuple[Tensor, Tensor]:
-    """First slot `[B]` of each row's tokens, and whether all slots before `end` are padding first, then tokens."""
+def _read_padding(padding_mask: Tensor, end: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """First slot `[B]` of each row's tokens; whether all padding is before them; whether it is before and behind."""
     slots = torch.arange(padding_mask.shape[1], device=padding_mask.device)
     tokens = padding_mask & (slots < end)
-    start = end - tokens.sum(dim=-1)
-    return start, (tokens == ((slots >= start[:, None]) & (slots < end))).all()
+    num_tokens = tokens.sum(dim=-1)
+    start = torch.where(num_tokens > 0, tokens.int().argmax(dim=-1), end)
+    stop = start + num_tokens
+    is_padded_around = (tokens == ((slots >= start[:, None]) & (slots < stop[:, None]))).all()
+    return start, is_padded_around & (stop == end).all(), is_padded_around
 
 
 def _records_of(config: PreTrainedConfig | None) -> Records:

@@ -113,23 +113,45 @@ def test_decoding_with_a_static_cache_does_not_recompile() -> None:
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("mask", [HOLES, HOLES.flip(1), make_batch("right-padded")["attention_mask"][1:2]])
+@pytest.mark.parametrize("mask", [HOLES, HOLES.flip(1), HOLES * HOLES.flip(1)])
 def test_traced_masks_with_holes_raise(mask: Tensor, backend: str) -> None:
     """The graph was made for a good mask: the bad one comes later, and must not slip through it."""
     model, ids = patch(make_model()), make_batch()["input_ids"]
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     compiled(ids, attention_mask=torch.ones_like(mask))
-    with pytest.raises(RuntimeError, match="right padding or holes"):
+    with pytest.raises(RuntimeError, match="holes"):
         compiled(ids, attention_mask=mask)
 
 
-@pytest.mark.parametrize("family", ONE_OF_EACH_WINDOW)
-def test_traced_right_padding_raises(family: str) -> None:
-    model, batch = patch(make_model(family)), make_batch("right-padded")
+@pytest.mark.parametrize("cache", ["dynamic", "static", "none"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compiled_right_padding_equals_hugging_faces(family: str, cache: str) -> None:
+    """The rows of tokens, by the kernels, in one graph with any other padding around them."""
+    model, right, left, recorder = make_model(family), make_batch("right-padded"), make_batch("left-padded"), Recorder()
+    batches = [left, right, right | {"attention_mask": right["attention_mask"].roll(2, 1)}]
+    expected = [model(**batch, use_cache=False).logits for batch in batches]
+    compiled = torch.compile(patch(model), fullgraph=True, backend=recorder)
+    for batch, logits in zip(batches, expected, strict=True):
+        make_cache = {"dynamic": DynamicCache(config=model.config), "static": static_cache(model), "none": None}
+        past, rows = make_cache[cache], batch["attention_mask"].bool()
+        actual = compiled(**batch, past_key_values=past, use_cache=past is not None).logits
+        torch.testing.assert_close(actual[rows], logits[rows])
+        assert actual[rows].argmax(-1).tolist() == logits[rows].argmax(-1).tolist()
+    assert len(recorder.graphs) == 1
+    assert recorder.count("scaled_dot_product_attention") == 0
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_a_traced_step_behind_right_padding_raises(cache: str) -> None:
+    """The padding is a hole by then; and a mask that was not extended for the step hides its tokens."""
+    model, batch = patch(make_model()), make_batch("right-padded")
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    compiled(batch["input_ids"], attention_mask=torch.ones_like(batch["attention_mask"]))
-    with pytest.raises(RuntimeError, match=r"right padding or holes.*run this batch without torch\.compile"):
-        compiled(**batch)
+    for width, tokens in ((PROMPT_LEN + 1, 1), (PROMPT_LEN, 1), (PROMPT_LEN + 2, 2)):
+        past = static_cache(model) if cache == "static" else DynamicCache(config=model.config)
+        compiled(**batch, past_key_values=past)
+        mask = torch.nn.functional.pad(batch["attention_mask"], (0, width - PROMPT_LEN), value=1)
+        with pytest.raises(RuntimeError, match=r"holes.*run this batch without torch\.compile"):
+            compiled(batch["input_ids"][:, :tokens], attention_mask=mask, past_key_values=past)
 
 
 @pytest.mark.parametrize("family", ONE_OF_EACH_WINDOW)
