@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -15,27 +13,26 @@ from csrc_free_kernels.tuning import ceil_div, next_power_of_2
 _NUMBERS_PER_PROGRAM = 256
 
 
-class Partials(NamedTuple):
-    """What each split leaves of each row (batch, head, token), in float32.
+def allocate_partials(output: torch.Tensor, num_splits: int) -> torch.Tensor:
+    """Room for what each split leaves of each row (batch, head, token) of an output `[B, Hq, Q, Dv]`, in float32.
 
-    Unnormalised, with max and sum apart: a log-sum-exp would round away what the combination needs.
+    `[num_splits, B * Hq * Q, Dv]` unnormalised outputs, then as many maxima and as many sums: a log-sum-exp would round
+    away what the combination needs.
     """
-
-    output: torch.Tensor
-    max: torch.Tensor
-    sum: torch.Tensor
-
-
-def allocate_partials(output: torch.Tensor, num_splits: int) -> Partials:
-    """Room for `[num_splits, B * Hq * Q, Dv]` and twice `[num_splits, B * Hq * Q]`, for an output `[B, Hq, Q, Dv]`."""
-    num_rows = output.shape[:3].numel()
-    maxima, sums = output.new_empty((2, num_splits, num_rows), dtype=torch.float32).unbind()
-    return Partials(output.new_empty((num_splits, num_rows, output.shape[3]), dtype=torch.float32), maxima, sums)
+    return output.new_empty(num_splits * output.shape[:3].numel() * (output.shape[3] + 2), dtype=torch.float32)
 
 
 @triton.jit
-def store_partial(p_partial, p_partial_max, p_partial_sum, i_part, b_o, b_max, b_sum, m_row, Dv: tl.constexpr):
+def _maxima_and_sums(p_partial, num_splits, num_rows, Dv: tl.constexpr):
+    """Where the maxima and the sums begin."""
+    num_parts = tl.cast(num_splits, tl.int64) * num_rows
+    return p_partial + num_parts * Dv, p_partial + num_parts * (Dv + 1)
+
+
+@triton.jit
+def store_partial(p_partial, num_splits, num_rows, i_part, b_o, b_max, b_sum, m_row, Dv: tl.constexpr):
     """Leaves b_o [BLOCK_M, BLOCK_DV] and its max and sum at rows i_part [BLOCK_M] of the partials."""
+    p_partial_max, p_partial_sum = _maxima_and_sums(p_partial, num_splits, num_rows, Dv)
     o_dv = tl.arange(0, b_o.shape[1])
     tl.store(p_partial + i_part[:, None] * Dv + o_dv[None, :], b_o, mask=m_row[:, None] & (o_dv < Dv)[None, :])
     tl.store(p_partial_max + i_part, b_max, mask=m_row)
@@ -48,8 +45,6 @@ def _combine_kernel(
     p_output,
     p_lse,
     p_partial,
-    p_partial_max,
-    p_partial_sum,
     p_sinks,
     stride_output,
     to_log2,
@@ -75,6 +70,7 @@ def _combine_kernel(
     o_part = o_split.to(tl.int64) * num_rows + i_row
     o_dv = tl.program_id(1) * BLOCK_DV + tl.arange(0, BLOCK_DV)
     m_dv = o_dv < Dv
+    p_partial_max, p_partial_sum = _maxima_and_sums(p_partial, num_splits, num_rows, Dv)
     b_part_max = tl.load(p_partial_max + o_part, mask=m_split, other=float("-inf"))
     b_part_sum = tl.load(p_partial_sum + o_part, mask=m_split, other=0.0)
     # [BLOCK_SPLITS, BLOCK_DV]
@@ -98,16 +94,17 @@ def _combine_kernel(
 
 
 def combine_splits(
-    partials: Partials,
+    partials: torch.Tensor,
     output: torch.Tensor,
     lse: torch.Tensor | None,
     *,
+    num_splits: int,
     sinks: torch.Tensor | None,
     scores: softmax.ScoreScale,
     is_dependent: bool,
 ) -> None:
     """Writes attention into output `[B, Hq, Q, Dv]` and, if given, lse (contiguous `[B, Hq, Q]`)."""
-    num_splits, num_rows, value_dim = partials.output.shape
+    num_rows, value_dim = output.shape[:3].numel(), output.shape[3]
     block_splits = next_power_of_2(num_splits)
     # Few numbers a program, all loaded at once: one trip to memory. Yet with few splits there are rows enough.
     block_dv = min(max(32, _NUMBERS_PER_PROGRAM // block_splits), next_power_of_2(value_dim))
@@ -115,9 +112,7 @@ def combine_splits(
         (num_rows, ceil_div(value_dim, block_dv)),
         output,
         lse,
-        partials.output,
-        partials.max,
-        partials.sum,
+        partials,
         sinks,
         output.stride()[:3],
         scores.to_log2,

@@ -23,8 +23,6 @@ def _decode_kernel(
     p_output,
     p_lse,
     p_partial,
-    p_partial_max,
-    p_partial_sum,
     p_range,
     p_sinks,
     stride_query,
@@ -127,7 +125,7 @@ def _decode_kernel(
     i_row = (i_b * Hkv * G + o_head) * Q + o_token
     if IS_SPLIT:
         i_part = i_split.to(tl.int64) * num_rows + i_row
-        combine.store_partial(p_partial, p_partial_max, p_partial_sum, i_part, b_o, b_max, b_sum, m_row, Dv)
+        combine.store_partial(p_partial, num_splits, num_rows, i_part, b_o, b_max, b_sum, m_row, Dv)
     else:
         b_sink = softmax.load_sinks(p_sinks, o_head, m_row)
         b_o, b_lse = softmax.finish(b_o, b_max, b_sum, b_sink, to_natural)
@@ -170,7 +168,7 @@ def decode_attention(
         value,
         output,
         lse,
-        *(partials or (None, None, None)),
+        partials,
         kv_range,
         sinks,
         query.stride()[:3],
@@ -210,4 +208,6 @@ def decode_attention(
         **dependent_launch.launch_options(is_dependent),
     )
     if partials is not None:
-        combine.combine_splits(partials, output, lse, sinks=sinks, scores=scores, is_dependent=is_dependent)
+        combine.combine_splits(
+            partials, output, lse, num_splits=num_splits, sinks=sinks, scores=scores, is_dependent=is_dependent
+        )

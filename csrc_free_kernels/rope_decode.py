@@ -65,8 +65,6 @@ def _rope_decode_kernel(
     p_value_cache,
     p_output,
     p_partial,
-    p_partial_max,
-    p_partial_sum,
     p_range,
     p_sinks,
     p_next,
@@ -186,7 +184,7 @@ def _rope_decode_kernel(
     i_row = i_b * Hkv * G + o_head
     if IS_SPLIT:
         i_part = i_split.to(tl.int64) * num_rows + i_row
-        combine.store_partial(p_partial, p_partial_max, p_partial_sum, i_part, b_o, b_max, b_sum, m_row, Dv)
+        combine.store_partial(p_partial, num_splits, num_rows, i_part, b_o, b_max, b_sum, m_row, Dv)
     else:
         b_sink = softmax.load_sinks(p_sinks, o_head, m_row)
         b_o, _ = softmax.finish(b_o, b_max, b_sum, b_sink, to_natural)
@@ -237,7 +235,7 @@ def rope_append_attention(
         key_cache,
         value_cache,
         output,
-        *(partials or (None, None, None)),
+        partials,
         kv_range,
         sinks,
         next_weight if num_next_lines > 0 else None,
@@ -281,4 +279,6 @@ def rope_append_attention(
         **dependent_launch.launch_options(is_dependent),
     )
     if partials is not None:
-        combine.combine_splits(partials, output, None, sinks=sinks, scores=scores, is_dependent=is_dependent)
+        combine.combine_splits(
+            partials, output, None, num_splits=num_splits, sinks=sinks, scores=scores, is_dependent=is_dependent
+        )
