@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from csrc_free_kernels import dependent_launch, softmax
+from csrc_free_kernels import dependent_launch, replay, softmax
 from csrc_free_kernels.launch import Launcher
 from csrc_free_kernels.tuning import ceil_div, next_power_of_2
 
@@ -19,7 +19,8 @@ def allocate_partials(output: torch.Tensor, num_splits: int) -> torch.Tensor:
     `[num_splits, B * Hq * Q, Dv]` unnormalised outputs, then as many maxima and as many sums: a log-sum-exp would round
     away what the combination needs.
     """
-    return output.new_empty(num_splits * output.shape[:3].numel() * (output.shape[3] + 2), dtype=torch.float32)
+    num_elements = num_splits * output.shape[:3].numel() * (output.shape[3] + 2)
+    return replay.allocate((num_elements,), (1,), torch.float32, output.device)
 
 
 @triton.jit

@@ -13,6 +13,8 @@ from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from csrc_free_kernels.replay import Launch, current_recording
+
 # Triton assumes of a pointer that it is a multiple of this many bytes, or nothing.
 _ALIGNMENT = 16
 _PLAIN = frozenset({int, float, bool, tuple, type(None)})
@@ -39,6 +41,7 @@ class Launcher:
         # The interpreter compiles nothing, and for AMD's GPUs Triton specialises on the sizes of tensors too.
         if torch.version.hip or not isinstance(self.kernel, JITFunction) or _is_observed():
             self.kernel[grid](*arguments, **constants)
+            self._record(None)
             return
         device = driver.active.get_current_device()
         key = (
@@ -50,19 +53,26 @@ class Launcher:
             kind = key[0], *[_kind_of(part) for part in key[1:]]
             compiled = self._compiled.get(kind)
             if compiled is None:
-                self._compiled[kind] = self.kernel[grid](*arguments, **constants)
+                compiled = self._compiled[kind] = self.kernel[grid](*arguments, **constants)
+                self._record(Launch(compiled, device, grid, self._completed(arguments), _is_observed))
                 return
             if len(self._launched) >= _MAX_LAUNCHES:
                 self._launched.clear()
             self._launched[key] = compiled
-        first, second, third = (*grid, 1, 1)[:3]
-        stream = driver.active.get_current_stream(device)
-        placeholders = (None,) * (len(self.kernel.params) - len(arguments))
-        compiled.run(
-            *(first, second, third, stream, compiled.function, compiled.packed_metadata, None, None, None),
-            *arguments,
-            *placeholders,
-        )
+        launch = Launch(compiled, device, grid, self._completed(arguments), _is_observed)
+        launch.run(driver.active.get_current_stream(device), launch.arguments)
+        self._record(launch)
+
+    def _completed(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        """With a placeholder for each constant."""
+        return arguments + (None,) * (len(self.kernel.params) - len(arguments))
+
+    def _record(self, launch: Launch | None) -> None:
+        recording = current_recording()
+        if recording is not None and launch is not None:
+            recording.launches.append(launch)
+        elif recording is not None:
+            recording.is_complete = False
 
 
 def _key_of(argument: Any) -> Any:

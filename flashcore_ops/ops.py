@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from csrc_free_kernels import replay
 from flashcore_ops import cpu
 from flashcore_ops.checks import LARGEST_FACTOR, check_append_kv, check_attention
 from flashcore_ops.errors import MissingDependencyError
@@ -67,7 +68,7 @@ def _attention_with_lse(kernel: Kernel) -> Callable[..., tuple[Tensor, Tensor]]:
         options = (is_causal, window, softcap, sinks, num_splits, cu_seqlens_q)
         check_attention(query, key, value, kv_range, scale, *options)
         output = _allocate_output(query, value)
-        lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+        lse = _allocate_lse(query)
         kernel(query, key, value, kv_range, _effective_scale(scale, query), *options, output, lse)
         return output, lse
 
@@ -130,7 +131,16 @@ def _linear(kernel: Kernel) -> Callable[..., Tensor]:
 def _allocate_output(query: Tensor, value: Tensor) -> Tensor:
     """`[B, Hq, Q, Dv]`, stored `[B, Q, Hq, Dv]` so that a model's transpose and reshape are free."""
     batch, num_query_heads, query_len, _ = query.shape
-    return query.new_empty((batch, query_len, num_query_heads, value.shape[3])).transpose(1, 2)
+    value_dim = value.shape[3]
+    row = num_query_heads * value_dim
+    stride = (query_len * row, value_dim, row, 1)
+    return replay.allocate((batch, num_query_heads, query_len, value_dim), stride, query.dtype, query.device)
+
+
+def _allocate_lse(query: Tensor) -> Tensor:
+    batch, num_query_heads, query_len, _ = query.shape
+    stride = (num_query_heads * query_len, query_len, 1)
+    return replay.allocate((batch, num_query_heads, query_len), stride, torch.float32, query.device)
 
 
 def _effective_scale(scale: float | None, query: Tensor) -> float:
@@ -205,10 +215,13 @@ OPS = (
     ),
 )
 
+# On a GPU their calls repeat with the same shapes, layer after layer, and do nothing but allocate and launch.
+_REPLAYED = {"attention", "attention_with_lse"}
 _library = torch.library.Library("flashcore", "DEF")
 for _name, _schema, _with_kernel, _cpu_kernel, _cuda_kernel in OPS:
     _library.define(_name + _schema, tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
     _library.impl(_name, _with_kernel(_cpu_kernel), "CPU")
-    _library.impl(_name, _with_kernel(_cuda_kernel), "CUDA")
+    _on_gpu = _with_kernel(_cuda_kernel)
+    _library.impl(_name, replay.Replayed(_on_gpu).__call__ if _name in _REPLAYED else _on_gpu, "CUDA")
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"flashcore::{_name}", _with_kernel(_no_kernel), lib=_library)

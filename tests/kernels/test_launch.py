@@ -15,7 +15,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from csrc_free_kernels import launch
+from csrc_free_kernels import launch, replay
 from csrc_free_kernels.launch import Launcher
 
 
@@ -129,3 +129,20 @@ def test_numbers_that_differ_share_a_compiled_kernel_and_do_not_pile_up(
         assert len(kernel._launched) <= 8
     assert len(recorder.bound) == 1
     assert [launched[12] for launched in recorder.launched] == list(range(3, 15))
+
+
+def test_launches_are_recorded_for_replays(recorder: Recorder) -> None:
+    kernel, recordings = Launcher(_copy_kernel), []
+
+    def call(x: torch.Tensor) -> None:
+        recording = replay.current_recording()
+        assert recording is not None
+        kernel((4,), x, x, None, 1, N=7, BLOCK=8)
+        recordings.append(recording)
+
+    x = torch.zeros(64)
+    replay.Replayed(call)(x)
+    replay.Replayed(call)(x)
+    for recording in recordings:
+        (launch,) = recording.launches
+        assert (launch.arguments, recording.is_complete) == ((x, x, None, 1, None, None), True)
