@@ -166,12 +166,13 @@ def _kind_of(argument: Any) -> Any:
 
 def _tensors_of(arguments: Sequence[Any]) -> list[tuple[int, Tensor, Any]]:
     """The place of each tensor in a launch, and the descriptor of its tiles if that is passed in its stead."""
-    described = [(place, item, getattr(item, "base", None)) for place, item in enumerate(arguments)]
-    return [
-        (place, item, None) if isinstance(item, Tensor) else (place, base, item)
-        for place, item, base in described
-        if isinstance(item, Tensor) or isinstance(base, Tensor)
-    ]
+    found: list[tuple[int, Tensor, Any]] = []
+    for place, item in enumerate(arguments):
+        if isinstance(item, Tensor):
+            found.append((place, item, None))
+        elif isinstance(base := getattr(item, "base", None), Tensor):
+            found.append((place, base, item))
+    return found
 
 
 def _split(arguments: Sequence[Any], tensors: Sequence[Tensor]) -> tuple[list[Any], list[tuple[int, int, Any]]]:
