@@ -54,23 +54,23 @@ class Launcher:
             compiled = self._compiled.get(kind)
             if compiled is None:
                 compiled = self._compiled[kind] = self.kernel[grid](*arguments, **constants)
-                self._record(Launch(compiled, device, grid, self._completed(arguments), _is_observed))
+                self._record(Launch(compiled, device, grid, _is_observed), arguments)
                 return
             if len(self._launched) >= _MAX_LAUNCHES:
                 self._launched.clear()
             self._launched[key] = compiled
-        launch = Launch(compiled, device, grid, self._completed(arguments), _is_observed)
-        launch.run(driver.active.get_current_stream(device), launch.arguments)
-        self._record(launch)
+        launch = Launch(compiled, device, grid, _is_observed)
+        launch.run(driver.active.get_current_stream(device), self._completed(arguments))
+        self._record(launch, arguments)
 
     def _completed(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         """With a placeholder for each constant."""
         return arguments + (None,) * (len(self.kernel.params) - len(arguments))
 
-    def _record(self, launch: Launch | None) -> None:
+    def _record(self, launch: Launch | None, arguments: tuple[Any, ...] = ()) -> None:
         recording = current_recording()
         if recording is not None and launch is not None:
-            recording.launches.append(launch)
+            recording.launches.append((launch, self._completed(arguments)))
         elif recording is not None:
             recording.is_complete = False
 

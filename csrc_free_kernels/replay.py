@@ -21,24 +21,15 @@ _MAX_CALLS = 4096
 
 
 class Launch:
-    """One launch of a compiled kernel."""
+    """A compiled kernel's launch, on whatever arguments."""
 
-    def __init__(
-        self,
-        compiled: Any,
-        device: int,
-        grid: tuple[int, ...],
-        arguments: Sequence[Any],
-        is_observed: Callable[[], bool],
-    ) -> None:
+    def __init__(self, compiled: Any, device: int, grid: tuple[int, ...], is_observed: Callable[[], bool]) -> None:
         """
         Args:
             compiled: Triton's kernel.
-            arguments: of all parameters, with a placeholder for each constant.
             is_observed: says whether a profiler wants to hear of launches, and of their arguments.
         """
         self.device = device
-        self.arguments = arguments
         self.is_observed = is_observed
         self._run = compiled.run
         self._grid = (*grid, 1, 1)[:3]
@@ -46,16 +37,16 @@ class Launch:
         self._kernel = compiled.function, compiled.packed_metadata, None, None, None
 
     def run(self, stream: int, arguments: Sequence[Any]) -> None:
-        """Launches with these arguments, where pointers may stand for tensors."""
+        """Launches with arguments of all parameters: a placeholder for each constant, pointers perhaps for tensors."""
         self._run(*self._grid, stream, *self._kernel, *arguments)
 
 
 @dataclass
 class Recording:
-    """What a call has allocated and launched. A launch that cannot be replayed makes it incomplete."""
+    """What a call has allocated, and launched on which arguments. A launch that cannot be replayed is not in it."""
 
     allocations: list[Tensor] = field(default_factory=list)
-    launches: list[Launch] = field(default_factory=list)
+    launches: list[tuple[Launch, Sequence[Any]]] = field(default_factory=list)
     is_complete: bool = True
 
 
@@ -106,8 +97,11 @@ class Replayed:
     def _keep(self, kind: tuple[Any, ...], recording: Recording, arguments: tuple[Any, ...], result: Any) -> None:
         tensors = [argument for argument in arguments if isinstance(argument, Tensor)] + recording.allocations
         results = result if isinstance(result, tuple) else (result,)
-        used = [tensor for launch in recording.launches for _, tensor, _ in _tensors_of(launch.arguments)]
-        if not recording.is_complete or not recording.launches or not _all_among([*used, *results], tensors):
+        used = [tensor for _, items in recording.launches for _, tensor, _ in _tensors_of(items)]
+        # Of a tensor that was passed twice, a launch does not tell which of the two it means.
+        is_told_apart = len({id(tensor) for tensor in tensors}) == len(tensors)
+        is_known = is_told_apart and _all_among([*used, *results], tensors)
+        if not recording.is_complete or not recording.launches or not is_known:
             return
         if len(self._calls) >= _MAX_CALLS:
             self._calls.clear()
@@ -118,10 +112,10 @@ class _Call:
     """A recorded call. Tensors are known by number: the arguments first, then the allocations."""
 
     def __init__(self, recording: Recording, tensors: list[Tensor], result: Any) -> None:
-        self._device = recording.launches[0].device
-        self._is_observed = recording.launches[0].is_observed
+        first, _ = recording.launches[0]
+        self._device, self._is_observed = first.device, first.is_observed
         self._allocations = [(item.size(), item.stride(), item.dtype, item.device) for item in recording.allocations]
-        self._launches = [(launch.run, *_split(launch.arguments, tensors)) for launch in recording.launches]
+        self._launches = [(launch.run, *_split(items, tensors)) for launch, items in recording.launches]
         self._has_several_results = isinstance(result, tuple)
         self._results = [_number(item, tensors) for item in (result if self._has_several_results else (result,))]
 
@@ -176,16 +170,22 @@ def _tensors_of(arguments: Sequence[Any]) -> list[tuple[int, Tensor, Any]]:
 
 
 def _split(arguments: Sequence[Any], tensors: Sequence[Tensor]) -> tuple[list[Any], list[tuple[int, int, Any]]]:
-    """The arguments without their tensors, and the place, number and descriptor of each."""
-    places = [(place, _number(tensor, tensors), item) for place, tensor, item in _tensors_of(arguments)]
+    """The arguments without their tensors, and the place, number and descriptor of each.
+
+    Nothing of them holds a tensor, whose memory would not come back for as long as the call is kept.
+    """
+    places = [
+        (place, _number(tensor, tensors), None if item is None else _move(item, None))
+        for place, tensor, item in _tensors_of(arguments)
+    ]
     numbers = list(arguments)
     for place, _, _ in places:
         numbers[place] = None
     return numbers, places
 
 
-def _move(descriptor: Any, base: Tensor) -> Any:
-    """The same tiles of another tensor of equal metadata."""
+def _move(descriptor: Any, base: Tensor | None) -> Any:
+    """The same tiles of another tensor of equal metadata, or of none."""
     moved = copy(descriptor)
     moved.base = base
     return moved

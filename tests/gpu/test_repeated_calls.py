@@ -60,6 +60,13 @@ def test_sinks_that_must_be_copied():
         assert_as_accurate_as_pytorch(attention(*problem.arguments()), None, problem)
 
 
+def test_keys_that_were_values_too_are_not_taken_for_both():
+    first, problem = make("split decode"), make("split decode")
+    query, key, _, *rest = first.arguments()
+    attention(query, key, key, *rest)
+    assert_as_accurate_as_pytorch(attention(*problem.arguments()), None, problem)
+
+
 def test_repetitions_launch_on_the_current_stream():
     attention(*make("split decode").arguments())
     problem = make("split decode")

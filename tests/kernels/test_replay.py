@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +55,7 @@ class Doubling:
     def launch(self, grid: tuple[int, ...], *arguments: Any) -> None:
         recording = replay.current_recording()
         assert recording is not None
-        recording.launches.append(Launch(self.compiled, DEVICE, grid, arguments, lambda: self.is_observed))
+        recording.launches.append((Launch(self.compiled, DEVICE, grid, lambda: self.is_observed), arguments))
 
 
 @pytest.fixture
@@ -66,8 +67,11 @@ def doubling(monkeypatch: pytest.MonkeyPatch) -> Doubling:
 
 def test_a_call_like_one_before_is_replayed_on_its_own_tensors(doubling):
     call = Replayed(doubling)
-    call(torch.zeros(2, 3), 2.0)
+    x = torch.zeros(2, 3)
+    held = [weakref.ref(x), weakref.ref(call(x, 2.0))]
     assert (doubling.num_runs, doubling.compiled.launched) == (1, [])
+    del x
+    assert [reference() for reference in held] == [None, None]
     x = torch.ones(2, 3)
     result = call(x, 2.0)
     assert doubling.num_runs == 1
@@ -94,11 +98,13 @@ def test_a_descriptor_moves_to_the_tensor_of_the_replay(doubling):
         return output
 
     call, first, second = Replayed(described), torch.zeros(3), torch.ones(3)
-    call(first)
+    held = [weakref.ref(first), weakref.ref(call(first))]
+    del first
     result = call(second)
     ((*_, read, written, number),) = doubling.compiled.launched
     assert (read.base is second, written.base is result, number) == (True, True, 5)
     assert (read.block_shape, written.block_shape) == ([8], [4])
+    assert [reference() for reference in held] == [None, None]
 
 
 def test_results_of_two_replays_are_apart(doubling):
@@ -176,6 +182,17 @@ def test_launches_on_tensors_of_unknown_origin_are_not_replayed(doubling):
     call(x)
     call(x)
     assert doubling.num_runs == 2
+
+
+def test_a_tensor_passed_twice_is_not_taken_for_two(doubling):
+    """As in attention(query, key, key): the next call of its kind may have a value of its own."""
+    call, x, biases = Replayed(doubling), torch.zeros(8), torch.zeros(2, 8)
+    call(x, 2.0, x)
+    for bias in biases:
+        call(x, 2.0, bias)
+    first, _ = doubling.compiled.launched
+    assert doubling.num_runs == 2
+    assert first[9:11] == (x.data_ptr(), biases[1].data_ptr())
 
 
 def test_an_incomplete_recording_is_not_replayed(doubling):
