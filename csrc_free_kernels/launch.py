@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from csrc_free_kernels.compiled_kernel import CompiledKernel
 from csrc_free_kernels.replay import Launch, current_recording
 
 # Triton assumes of a pointer that it is a multiple of this many bytes, or nothing.
@@ -27,9 +27,9 @@ class Launcher:
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
-        self._compiled: dict[tuple[Any, ...], Any] = {}
+        self._compiled: dict[tuple[Any, ...], CompiledKernel] = {}
         # The same, found by the very numbers of a launch: those of one loop's steps are often all equal.
-        self._launched: dict[tuple[Any, ...], Any] = {}
+        self._launched: dict[tuple[Any, ...], CompiledKernel] = {}
 
     def __call__(self, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
         """Launches on the current device and stream.
@@ -39,7 +39,7 @@ class Launcher:
             constants: of the constexpr ones, and Triton's options, in the same order at every call.
         """
         # The interpreter compiles nothing, and for AMD's GPUs Triton specialises on the sizes of tensors too.
-        if torch.version.hip or not isinstance(self.kernel, JITFunction) or _is_observed():
+        if torch.version.hip or not isinstance(self.kernel, JITFunction) or CompiledKernel.is_observed():
             self.kernel[grid](*arguments, **constants)
             self._record(None)
             return
@@ -53,24 +53,24 @@ class Launcher:
             kind = key[0], *[_kind_of(part) for part in key[1:]]
             compiled = self._compiled.get(kind)
             if compiled is None:
-                compiled = self._compiled[kind] = self.kernel[grid](*arguments, **constants)
-                self._record(Launch(compiled, device, grid, _is_observed), arguments)
+                compiled = self._compiled[kind] = CompiledKernel(self.kernel[grid](*arguments, **constants))
+                self._record(Launch(compiled, device, (*grid, 1, 1)[:3], self._completed(arguments)))
                 return
             if len(self._launched) >= _MAX_LAUNCHES:
                 self._launched.clear()
             self._launched[key] = compiled
-        launch = Launch(compiled, device, grid, _is_observed)
-        launch.run(driver.active.get_current_stream(device), self._completed(arguments))
-        self._record(launch, arguments)
+        launch = Launch(compiled, device, (*grid, 1, 1)[:3], self._completed(arguments))
+        compiled.launch(launch.grid, driver.active.get_current_stream(device), launch.arguments)
+        self._record(launch)
 
     def _completed(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         """With a placeholder for each constant."""
         return arguments + (None,) * (len(self.kernel.params) - len(arguments))
 
-    def _record(self, launch: Launch | None, arguments: tuple[Any, ...] = ()) -> None:
+    def _record(self, launch: Launch | None) -> None:
         recording = current_recording()
         if recording is not None and launch is not None:
-            recording.launches.append((launch, self._completed(arguments)))
+            recording.launches.append(launch)
         elif recording is not None:
             recording.is_complete = False
 
@@ -90,9 +90,3 @@ def _kind_of(part: Any) -> Any:
     if isinstance(part, int) and not isinstance(part, bool):
         return part == 1, part % 16 == 0, part.bit_length() <= 31
     return float if isinstance(part, float) else part
-
-
-def _is_observed() -> bool:
-    """Whether a profiler wants to hear of launches, which it does from Triton."""
-    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    return any(getattr(hook, "calls", hook) for hook in hooks)

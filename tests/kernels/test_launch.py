@@ -144,5 +144,5 @@ def test_launches_are_recorded_for_replays(recorder: Recorder) -> None:
     replay.Replayed(call)(x)
     replay.Replayed(call)(x)
     for recording in recordings:
-        ((_, arguments),) = recording.launches
-        assert (arguments, recording.is_complete) == ((x, x, None, 1, None, None), True)
+        (recorded,) = recording.launches
+        assert (recorded.arguments, recording.is_complete) == ((x, x, None, 1, None, None), True)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from csrc_free_kernels import replay
+from csrc_free_kernels.compiled_kernel import CompiledKernel
 from csrc_free_kernels.replay import Launch, Replayed
 
 DEVICE, STREAM = 0, 77
@@ -55,12 +56,14 @@ class Doubling:
     def launch(self, grid: tuple[int, ...], *arguments: Any) -> None:
         recording = replay.current_recording()
         assert recording is not None
-        recording.launches.append((Launch(self.compiled, DEVICE, grid, lambda: self.is_observed), arguments))
+        kernel = CompiledKernel(self.compiled)
+        kernel.is_observed = lambda: self.is_observed
+        recording.launches.append(Launch(kernel, DEVICE, (*grid, 1, 1)[:3], arguments))
 
 
 @pytest.fixture
 def doubling(monkeypatch: pytest.MonkeyPatch) -> Doubling:
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: DEVICE)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: DEVICE, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: STREAM, raising=False)
     return Doubling()
 
@@ -128,7 +131,6 @@ OTHER = {
     "strides": (torch.zeros(3, 2).T,),
     "dtype": (torch.zeros(2, 3, dtype=torch.float16),),
     "alignment": (torch.zeros(7)[1:].view(2, 3),),
-    "gradients": (torch.zeros(2, 3, requires_grad=True),),
     "an option": (torch.zeros(2, 3), 3.0),
     "a tensor where none was": (torch.zeros(2, 3), 2.0, torch.zeros(1)),
 }
@@ -147,9 +149,10 @@ def test_a_call_unlike_those_before_is_run(doubling, arguments):
 
 def test_grad_mode_is_part_of_a_call(doubling):
     """With it on, an input that requires a gradient is refused; with it off it is not."""
-    call, x = Replayed(doubling), torch.zeros(3)
-    call(x)
+    call, x = Replayed(doubling), torch.zeros(3, requires_grad=True)
     with torch.no_grad():
+        call(x)
+    with torch.enable_grad():
         call(x)
     assert doubling.num_runs == 2
 
@@ -169,10 +172,9 @@ def test_profilers_and_other_devices_see_a_call_run(doubling, monkeypatch):
     doubling.is_observed = True
     call(x)
     doubling.is_observed = False
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: DEVICE + 1)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: DEVICE + 1)
     call(x)
     assert doubling.num_runs == 3
-    monkeypatch.undo()
 
 
 def test_launches_on_tensors_of_unknown_origin_are_not_replayed(doubling):
