@@ -18,6 +18,7 @@ from bench.logits import Target, fill_randomly, logits_of, make_target, relative
 from bench.models import Models
 from bench.results import Results, Row, Skip
 from flashcore_ops import make_static_cache
+from flashcore_ops.uncollected import uncollected
 
 GIB = 2**30
 
@@ -133,12 +134,8 @@ def _time_in_turns(
         if name not in figures:
             continue
         try:
-            if case.kind == "prefill":
-                turn = time_prefill(decoders[name], target, gauge)
-            else:
-                tokens = effort.eager_tokens if name in eager else effort.tokens
-                steps = effort.eager_steps if name in eager else effort.steps
-                turn = time_decode(decoders[name], case.length, tokens=tokens, steps=steps, gauge=gauge)
+            with uncollected():
+                turn = _time_turn(case, decoders[name], target, name in eager, effort, gauge)
         except Exception as error:
             results.skips.append(Skip(case, name, f"failed: {describe(error)}"))
             del figures[name]
@@ -147,6 +144,16 @@ def _time_in_turns(
             figures[name].setdefault(metric, []).append(value)
     for name, metrics in figures.items():
         results.rows += [Row(case, name, metric, median(values)) for metric, values in metrics.items()]
+
+
+def _time_turn(
+    case: LlamaCase, decoder: Decoder, target: Target, is_eager: bool, effort: Effort, gauge: Gauge
+) -> dict[str, float]:
+    if case.kind == "prefill":
+        return time_prefill(decoder, target, gauge)
+    tokens = effort.eager_tokens if is_eager else effort.tokens
+    steps = effort.eager_steps if is_eager else effort.steps
+    return time_decode(decoder, case.length, tokens=tokens, steps=steps, gauge=gauge)
 
 
 def time_decode(decoder: Decoder, length: int, *, tokens: int, steps: int, gauge: Gauge) -> dict[str, float]:

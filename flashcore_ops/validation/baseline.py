@@ -15,6 +15,7 @@ from transformers import DynamicCache, StaticCache
 from flashcore_ops import make_static_cache
 from flashcore_ops.decode_step import make_decode_step
 from flashcore_ops.kv_memory import KVShape
+from flashcore_ops.uncollected import uncollected
 from flashcore_ops.validation.scenarios import Result
 from flashcore_ops.validation.subject import Subject
 from flashcore_ops.validation.tokens import patched
@@ -62,7 +63,7 @@ def judge(latencies: Sequence[Latency]) -> Result:
 
 def _time(subject: Subject, run: Callable[[], object]) -> float:
     """The median over some repeats of the mean milliseconds of steps that wait for nothing in between."""
-    with torch.no_grad():
+    with torch.no_grad(), uncollected():
         for _ in range(_WARM_UP):
             run()
         times = []

@@ -11,6 +11,8 @@ from flashcore_ops.validation.baseline import FLASHCORE, Latency
 
 # No colour of a line; replaced by the page's own.
 _INK = "#010203"
+# Beyond, a line at the bottom of a linear axis cannot be read.
+_WIDE_SPREAD = 5
 # Distinct in both themes, and to the colour-blind (Okabe and Ito).
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
@@ -33,7 +35,7 @@ def plot_latencies(latencies: Sequence[Latency]) -> str:
     series: dict[str, dict[int, float]] = {}
     for latency in latencies:
         series.setdefault(latency.impl, {})[latency.length] = latency.ms
-    return plot_lines(series, y_label="decode latency (ms a token)")
+    return plot_lines(series, y_label="decode latency (ms a token)", is_logarithmic=_spread(series) > _WIDE_SPREAD)
 
 
 def plot_speedups(latencies: Sequence[Latency]) -> str:
@@ -55,6 +57,22 @@ def plot_memory(bytes_by_length: Mapping[str, Mapping[int, float]]) -> str:
     return plot_lines(series, y_label="KV cache (GB a sequence)", is_logarithmic=True)
 
 
+def _spread(series: Mapping[str, Mapping[int, float]]) -> float:
+    """The largest value over the smallest."""
+    values = [value for line in series.values() for value in line.values()]
+    return max(values) / min(values)
+
+
+def _short(length: int) -> str:
+    """A length as an axis has room for it.
+
+    Example:
+        >>> [_short(length) for length in (512, 1024, 131072)]
+        ['512', '1k', '128k']
+    """
+    return f"{length // 1024}k" if length % 1024 == 0 else str(length)
+
+
 def plot_lines(
     series: Mapping[str, Mapping[int, float]],
     y_label: str,
@@ -72,6 +90,7 @@ def plot_lines(
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     style: dict[str, Any] = {
         "svg.fonttype": "none",
@@ -86,13 +105,16 @@ def plot_lines(
             axes.plot(list(line), list(line.values()), marker="o", color=color, label=name)
         lengths = sorted({length for line in series.values() for length in line})
         axes.set_xscale("log", base=2)
-        axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+        axes.set_xticks(lengths, list(map(_short, lengths)))
         axes.minorticks_off()
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         if is_logarithmic:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:,g}")
+            if _spread(series) < 10 * _WIDE_SPREAD:
+                # Few powers of ten, or none, lie among so few values.
+                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         else:
             axes.set_ylim(bottom=0)
         axes.grid(alpha=0.25, color=_INK)
