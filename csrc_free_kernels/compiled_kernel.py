@@ -30,6 +30,8 @@ class CompiledKernel:
         Args:
             compiled: as Triton returns it from a launch.
         """
+        # Later Tritons unload a kernel that nobody holds.
+        self._compiled = compiled
         self._run = compiled.run
         # No metadata and no hooks: a launch that is observed goes through Triton.
         self._head = compiled.function, compiled.packed_metadata, None, None, None

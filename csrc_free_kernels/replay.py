@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     # It imports triton, and the ops are there without it too.
     from csrc_free_kernels.compiled_kernel import CompiledKernel, Encode
 
-# Lengths that differ from call to call would otherwise pile up.
-_MAX_CALLS = 4096
+# Lengths that differ from call to call would otherwise pile up, with their descriptors for each layer's cache.
+_MAX_CALLS = 1024
 # What is no tensor: asking for these is faster.
 _PLAIN = frozenset({int, float, bool, type(None)})
 

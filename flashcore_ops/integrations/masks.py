@@ -27,10 +27,10 @@ from transformers.masking_utils import (
 )
 from transformers.utils.import_utils import is_tracing
 
-from flashcore_ops.errors import CapacityError, MaskError
+from flashcore_ops.errors import CapacityError, MaskError, UnsupportedModelError
 from flashcore_ops.integrations.closures import is_same_function
 from flashcore_ops.integrations.dense import create_dense_mask
-from flashcore_ops.integrations.packing import packed_bounds, single_sequences
+from flashcore_ops.integrations.packing import packed_bounds, packed_numbers, single_sequences
 from flashcore_ops.integrations.static_cache import check_capacity
 
 MaskFunction = Callable[..., Tensor]
@@ -40,6 +40,9 @@ NOT_CAUSAL = "the mask is not plainly causal (a custom mask function, bidirectio
 HOLES = "the attention mask has holes, padding between tokens"
 _FIX = "Only causal masks with padding around the tokens can be served here: run this batch without torch.compile."
 
+# An end beyond every slot. transformers 5.17 tells of fewer slots than a draft model's sliding cache holds, and the
+# newest tokens are the last of them all the same.
+_ALL_SLOTS = 2**31 - 1
 # By window, the shape of the last mask that was found left-padded.
 Records = dict[int | None, tuple[int, int]]
 # By the identity of a model's config, which cannot be hashed.
@@ -78,6 +81,7 @@ def create_fcore_mask(
 
     Raises:
         MaskError: attention_mask is not `[B, L]`.
+        UnsupportedModelError: torch.jit.trace is at work.
         CapacityError: the tokens do not fit into the static cache, where the host knows its length, or a static cache
             shorter than the window has dropped tokens that the window still shows. transformers asks for the mask
             before it writes to the cache, so nothing is lost.
@@ -99,7 +103,8 @@ def create_fcore_mask(
     }
     content = {"mask_function": mask_function, "attention_mask": attention_mask, "use_vmap": use_vmap}
     plain = causal_mask_function if local_size is None else sliding_window_causal_mask_function(local_size)
-    is_traced = is_tracing(attention_mask)
+    _check_not_scripted()
+    is_traced = is_tracing(attention_mask) or is_tracing(packed_numbers(mask_function))
     _check_window(q_offset, kv_offset, local_size)
     # Closures cannot be compared while tracing, but the config says what they are there too.
     is_causal = getattr(config, "is_causal", True)
@@ -132,9 +137,7 @@ def create_fcore_mask(
         return _pack(start, end)
     if not _is_left_padded(is_left_padded, attention_mask, q_length, _records_of(config), local_size):
         return create_dense_mask(NOT_LEFT_PADDING, **place, **content)
-    if fills_slots and not _reading_waits(start) and not start.any():
-        return None
-    return _pack(start, end)
+    return _pack(start, _ALL_SLOTS if fills_slots else end)
 
 
 def _is_same_mask(
@@ -158,6 +161,16 @@ def _is_same_mask(
         torch.arange(kv_length, device=device)[None, None, None, :] + kv_offset,
     )
     return (mask_function(*indices) == plain(*indices)).all()
+
+
+def _check_not_scripted() -> None:
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        raise UnsupportedModelError.explain(
+            "torch.jit.trace",
+            expected="torch.compile or torch.export, which keep the device's checks of masks",
+            got="torch.jit.trace, which loses them",
+            fix="Trace another implementation: call restore_attention(model) first.",
+        )
 
 
 def _check_window(q_offset: int | Tensor, kv_offset: int, window: int | None) -> None:

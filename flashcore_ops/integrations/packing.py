@@ -35,21 +35,35 @@ def packed_bounds(mask_function: Any, plain: Callable[..., Tensor], q_length: in
         >>> packed_bounds(and_masks(causal_mask_function, packed), causal_mask_function, 5, 5)
         tensor([[[[0, 2, 5]]]], dtype=torch.int32)
     """
-    if getattr(mask_function, "__code__", None) is not and_masks(plain).__code__:
+    parts = _and_parts(mask_function)
+    numbers = packed_numbers(mask_function)
+    if numbers is None or len(parts) != 2 or not is_same_function(parts[0], plain):
         return None
-    (parts,) = closed_over(mask_function)
-    if len(parts) != 2 or not is_same_function(parts[0], plain):
-        return None
-    if getattr(parts[1], "__code__", None) is not packed_sequence_mask_function(torch.empty(0)).__code__:
-        return None
-    # [B, Q]: the number of each token's sequence, which rises along a row.
-    (numbers,) = closed_over(parts[1])
     if q_length != kv_length or numbers.shape[1] != q_length:
         return None
     begins = torch.ones_like(numbers, dtype=torch.bool)
     begins[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
     bounds = torch.nn.functional.pad(begins.flatten().nonzero()[:, 0], (0, 1), value=numbers.numel())
     return bounds.to(torch.int32)[None, None, None]
+
+
+def packed_numbers(mask_function: Any) -> Tensor | None:
+    """`[B, Q]`, the number of each token's sequence, which rises along a row; None if a mask is not of packed ones."""
+    code = packed_sequence_mask_function(torch.empty(0)).__code__
+    packed = [part for part in _and_parts(mask_function) if getattr(part, "__code__", None) is code]
+    if len(packed) != 1:
+        return None
+    (numbers,) = closed_over(packed[0])
+    found: Tensor = numbers
+    return found
+
+
+def _and_parts(mask_function: Any) -> tuple[Any, ...]:
+    """The mask functions that transformers has joined into one by `and_masks`."""
+    if getattr(mask_function, "__code__", None) is not and_masks().__code__:
+        return ()
+    (parts,) = closed_over(mask_function)
+    return tuple(parts)
 
 
 def single_sequences(is_single: Tensor) -> Tensor:

@@ -7,12 +7,21 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import DynamicCache
 
-from flashcore_ops.errors import OptionError
+from flashcore_ops.errors import OptionError, UnsupportedModelError
 from flashcore_ops.integrations.transformers import replace_llama_attention_with_flashcore as patch
 from flashcore_ops.integrations.transformers import restore_attention
-from tests.integrations.models import FAMILIES, PROMPT_LEN, generate, make_batch, make_model, static_cache
+from tests.integrations.models import (
+    CAPTURED_FAMILIES,
+    FAMILIES,
+    PROMPT_LEN,
+    generate,
+    make_batch,
+    make_model,
+    static_cache,
+)
 from tests.integrations.recorder import Recorder
 from tests.snapshots import assert_expected_inline
 
@@ -255,3 +264,25 @@ def test_export_keeps_one_op_a_layer() -> None:
     ops = [str(node.target) for node in program.graph.nodes]
     assert sum("flashcore.attention" in op for op in ops) == 2
     torch.testing.assert_close(program.module()(**batch, use_cache=False).logits, model(**batch).logits)
+
+
+def test_torch_jit_trace_is_refused() -> None:
+    """It would lose the device's checks: a mask that the trace was not made for would slip through."""
+    model, batch = patch(make_model()).requires_grad_(False), make_batch()
+    for mask in (None, batch["attention_mask"]):
+
+        def logits(ids: Tensor, mask: Tensor | None = mask) -> Any:
+            return model(ids, attention_mask=mask, use_cache=False).logits
+
+        with pytest.raises(UnsupportedModelError, match=r"torch\.jit\.trace: expected torch\.compile"):
+            torch.jit.trace(logits, (batch["input_ids"],))
+
+
+@pytest.mark.parametrize("family", CAPTURED_FAMILIES)
+def test_fake_tensors_have_the_shapes_of_real_ones(family: str) -> None:
+    """torch's fake products of experts are for bfloat16 alone, so families with experts are not among these."""
+    model, batch = patch(make_model(family)), make_batch("left-padded")
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        ids, mask = (mode.from_tensor(tensor) for tensor in batch.values())
+        for inputs in ({}, {"attention_mask": mask}, {"position_ids": mode.from_tensor(torch.arange(13)[None])}):
+            assert model(ids, **inputs, use_cache=False).logits.shape == (3, 13, 96)

@@ -110,9 +110,7 @@ def test_prompt_lookup(family: str, device: str) -> None:
 def test_assisted_generation(family: str, noise: float, device: str) -> None:
     """A twin's drafts are all accepted, so they are right too; another's are cut off, and the caches with them.
 
-    Against greedy search: transformers 5.17 itself raises once a draft model's sliding cache is past its window. It
-    tells the mask of fewer slots than that cache holds then, so on a GPU, where nobody looks whether the mask hides
-    any, a windowed draft is cut off too.
+    Against greedy search: transformers 5.17 itself raises once a draft model's sliding cache is past its window.
     """
     model, assistant, batch = make_model(family, device), make_model(family, device), make_batch(device=device)
     for weight in assistant.parameters():
@@ -123,5 +121,4 @@ def test_assisted_generation(family: str, noise: float, device: str) -> None:
     lengths = _query_lengths(patch(model))
     assert _tokens(model, batch, assistant_model=patch(assistant)) == expected
     assert lengths[:2] == [PROMPT_LEN + 5, 6]
-    if family not in WINDOW_FAMILIES:
-        assert (len(lengths) == 2) == (noise == 0)
+    assert (len(lengths) == 2) == (noise == 0)

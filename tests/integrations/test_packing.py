@@ -138,6 +138,7 @@ BOUNDS = torch.tensor([0, 6, PROMPT_LEN], dtype=torch.int32)
         ({"cu_seq_lens_q": BOUNDS.tolist()}, "got a list"),
         ({"cu_seq_lens_q": BOUNDS, "cu_seq_lens_k": BOUNDS[:2]}, r"another cu_seq_lens_k \[2\]"),
         ({"cu_seq_lens_q": BOUNDS, "attention_mask": torch.arange(PROMPT_LEN)[None] > 2}, "an attention_mask"),
+        ({"cu_seq_lens_q": BOUNDS, "attention_mask": torch.ones(1, PROMPT_LEN)}, "an attention_mask"),
         ({"cu_seq_lens_q": BOUNDS, "attention_mask": torch.ones(1, 1, 13, 13, dtype=torch.bool)}, "an attention_mask"),
     ],
 )

@@ -92,6 +92,14 @@ def test_descriptors_are_taken_apart_as_triton_does() -> None:
     assert compiled.started == [expected, expected]
 
 
+def test_the_kernel_stays_loaded() -> None:
+    compiled = Compiled({"p_x": "*fp32"})
+    held, kernel = weakref.ref(compiled), CompiledKernel(compiled)
+    del compiled
+    assert held() is not None
+    launch_apart(kernel, 1234)
+
+
 def test_descriptors_are_encoded_once_for_each_address(encode: mock.Mock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled_kernel, "_MAX_ENCODED", 2)
     _, [(_, own, of_place), _] = CompiledKernel(Compiled(SIGNATURE)).take_apart((1, described(0.0), 8, described(0.0)))
