@@ -18,8 +18,9 @@ GPU_FAMILIES = {"llama", "qwen2-window", "gemma2", "gpt-oss"}
 # A quarter of the time that a kernel takes to compile goes to its line numbers, which no test reads.
 os.environ.setdefault("TRITON_DISABLE_LINE_INFO", "1")
 
-# What one test process may take of a GPU's memory, and more processes than this only compile the same kernels again.
-PROCESS_BYTES = 6 * 2**30
+# What one test process may take of a GPU's memory, or of the host's. More of them than this only compile the same
+# kernels again.
+GPU_PROCESS_BYTES, HOST_PROCESS_BYTES = 6 * 2**30, 4 * 2**30
 MAX_PROCESSES = 12
 
 DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -27,15 +28,23 @@ DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """Spreads the whole suite over processes on a machine with a GPU, if pytest-xdist is there: kernels compile on one
-    core each. `-n` says otherwise."""
+    """Spreads the whole suite over processes, if pytest-xdist is there: kernels compile on one core each, and most
+    tests run on one. `-n` says otherwise."""
     # One of those processes must not spread in its turn.
     is_first = "PYTEST_XDIST_WORKER" not in os.environ
     is_whole_suite = config.args_source is pytest.Config.ArgsSource.TESTPATHS
     has_choice = config.getoption("numprocesses", default=0) is None
-    if is_first and is_whole_suite and has_choice and torch.cuda.is_available():
-        memory = torch.cuda.get_device_properties(0).total_memory
-        config.option.numprocesses = max(1, min(os.cpu_count() or 1, memory // PROCESS_BYTES, MAX_PROCESSES))
+    if is_first and is_whole_suite and has_choice:
+        num_processes = min(os.cpu_count() or 1, _num_fitting(), MAX_PROCESSES)
+        config.option.numprocesses = num_processes if num_processes > 1 else 0
+
+
+def _num_fitting() -> int:
+    """How many test processes have room in memory."""
+    num_fitting = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // HOST_PROCESS_BYTES
+    if not torch.cuda.is_available():
+        return num_fitting
+    return min(num_fitting, torch.cuda.get_device_properties(0).total_memory // GPU_PROCESS_BYTES)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

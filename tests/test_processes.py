@@ -1,7 +1,8 @@
-"""The whole suite spreads over processes on a machine with a GPU, unless it is told otherwise."""
+"""The whole suite spreads over processes, unless it is told otherwise."""
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,13 +15,17 @@ WHOLE_SUITE = pytest.Config.ArgsSource.TESTPATHS
 SOME_FILES = pytest.Config.ArgsSource.ARGS
 
 
-@pytest.fixture
-def _gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    properties = SimpleNamespace(total_memory=26 * 2**30)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-    monkeypatch.setattr("os.cpu_count", lambda: 16)
+@pytest.fixture(autouse=True)
+def _large_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    set_memory(monkeypatch, 2**40)
+
+
+def set_memory(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
+    sizes = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": num_bytes // 4096}
+    monkeypatch.setattr(os, "sysconf", sizes.__getitem__)
 
 
 def spread(args_source: Any = WHOLE_SUITE, **options: int | None) -> int | None:
@@ -31,21 +36,30 @@ def spread(args_source: Any = WHOLE_SUITE, **options: int | None) -> int | None:
     return getattr(config.option, "numprocesses", None)
 
 
-@pytest.mark.usefixtures("_gpu")
-def test_the_memory_bounds_the_processes():
+def test_processors_and_memory_bound_the_processes(monkeypatch):
+    assert spread(numprocesses=None) == 12
+    set_memory(monkeypatch, 17 * 2**30)
+    assert spread(numprocesses=None) == 4
+    set_memory(monkeypatch, 7 * 2**30)
+    assert spread(numprocesses=None) == 0
+    set_memory(monkeypatch, 2**40)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    assert spread(numprocesses=None) == 2
+
+
+def test_a_gpus_memory_bounds_them_too(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    properties = SimpleNamespace(total_memory=26 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     assert spread(numprocesses=None) == 4
 
 
-@pytest.mark.usefixtures("_gpu")
-def test_otherwise_nothing_is_spread(monkeypatch):
+def test_otherwise_nothing_is_spread():
     assert spread(numprocesses=0) == 0
     assert spread(numprocesses=None, args_source=SOME_FILES) is None
     assert spread() is None
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert spread(numprocesses=None) is None
 
 
-@pytest.mark.usefixtures("_gpu")
 def test_a_process_does_not_spread_in_its_turn(monkeypatch):
     """Twelve processes once started twelve each."""
     monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
