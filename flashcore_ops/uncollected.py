@@ -22,7 +22,6 @@ def uncollected() -> Iterator[None]:
         True
     """
     was_enabled = gc.isenabled()
-    gc.collect()
     gc.disable()
     try:
         yield

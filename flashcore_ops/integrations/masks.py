@@ -128,12 +128,13 @@ def create_fcore_mask(
     _check_padding_mask(attention_mask, batch_size)
     padding_mask = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     tokens = padding_mask[:, kv_offset : kv_offset + kv_length]
-    start, is_left_padded, is_padded_around = _read_padding(tokens, end)
     if is_traced:
-        # A step's mask that hides the new tokens of all rows was not extended for them.
-        is_new = (q_offset == 0) & (attention_mask.shape[1] >= q_length)
-        is_served = is_left_padded | (is_padded_around & is_new)
-        torch._assert_async(is_served, f"flashcore: {HOLES}. {_FIX}")
+        # A prompt's alone: a step's mask that hides the new tokens of all rows was not extended for them.
+        is_prompt = (q_offset == 0) & (attention_mask.shape[1] >= q_length)
+        tokens = tokens | (_right_padding(tokens, end) & is_prompt)
+    start, is_left_padded = _left_padding(tokens, end)
+    if is_traced:
+        torch._assert_async(is_left_padded, f"flashcore: {HOLES}. {_FIX}")
         return _pack(start, end)
     if not _is_left_padded(is_left_padded, attention_mask, q_length, _records_of(config), local_size):
         return create_dense_mask(NOT_LEFT_PADDING, **place, **content)
@@ -204,15 +205,19 @@ def _check_padding_mask(attention_mask: Tensor, batch_size: int) -> None:
         )
 
 
-def _read_padding(padding_mask: Tensor, end: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """First slot `[B]` of each row's tokens; whether all padding is before them; whether it is before and behind."""
+def _left_padding(padding_mask: Tensor, end: int | Tensor) -> tuple[Tensor, Tensor]:
+    """First slot `[B]` of each row's tokens, and whether all slots before `end` are padding first, then tokens."""
     slots = torch.arange(padding_mask.shape[1], device=padding_mask.device)
     tokens = padding_mask & (slots < end)
-    num_tokens = tokens.sum(dim=-1)
-    start = torch.where(num_tokens > 0, tokens.int().argmax(dim=-1), end)
-    stop = start + num_tokens
-    is_padded_around = (tokens == ((slots >= start[:, None]) & (slots < stop[:, None]))).all()
-    return start, is_padded_around & (stop == end).all(), is_padded_around
+    start = end - tokens.sum(dim=-1)
+    return start, (tokens == ((slots >= start[:, None]) & (slots < end))).all()
+
+
+def _right_padding(padding_mask: Tensor, end: int | Tensor) -> Tensor:
+    """Which slots are at or after a row's last token before `end`, if it has one: no token before sees them."""
+    slots = torch.arange(padding_mask.shape[1], device=padding_mask.device)
+    num_so_far = (padding_mask & (slots < end)).cumsum(dim=-1)
+    return (num_so_far > 0) & (num_so_far == num_so_far[:, -1:])
 
 
 def _records_of(config: PreTrainedConfig | None) -> Records:

@@ -20,6 +20,9 @@ from transformers.masking_utils import and_masks, packed_sequence_mask_function
 from flashcore_ops.errors import MaskError
 from flashcore_ops.integrations.closures import closed_over, is_same_function
 
+# What transformers' closures are told by.
+_AND = and_masks().__code__
+_PACKED = packed_sequence_mask_function(torch.empty(0)).__code__
 _RESTARTS = (
     "position_ids restart, and torch.compile cannot count packed sequences. Pass cu_seq_lens_q too, int32 [N + 1], "
     "or run this batch without torch.compile."
@@ -49,8 +52,7 @@ def packed_bounds(mask_function: Any, plain: Callable[..., Tensor], q_length: in
 
 def packed_numbers(mask_function: Any) -> Tensor | None:
     """`[B, Q]`, the number of each token's sequence, which rises along a row; None if a mask is not of packed ones."""
-    code = packed_sequence_mask_function(torch.empty(0)).__code__
-    packed = [part for part in _and_parts(mask_function) if getattr(part, "__code__", None) is code]
+    packed = [part for part in _and_parts(mask_function) if getattr(part, "__code__", None) is _PACKED]
     if len(packed) != 1:
         return None
     (numbers,) = closed_over(packed[0])
@@ -60,7 +62,7 @@ def packed_numbers(mask_function: Any) -> Tensor | None:
 
 def _and_parts(mask_function: Any) -> tuple[Any, ...]:
     """The mask functions that transformers has joined into one by `and_masks`."""
-    if getattr(mask_function, "__code__", None) is not and_masks().__code__:
+    if getattr(mask_function, "__code__", None) is not _AND:
         return ()
     (parts,) = closed_over(mask_function)
     return tuple(parts)
