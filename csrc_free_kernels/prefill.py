@@ -4,13 +4,13 @@ import torch
 import triton
 import triton.language as tl
 
-from csrc_free_kernels import masks, softmax
+from csrc_free_kernels import masks, softmax, tile_order
 from csrc_free_kernels.launch import Launcher
 from csrc_free_kernels.tuning import HopperTiles, Tiles, ceil_div, next_power_of_2, padded_head_dim
 
 
 @Launcher
-@triton.jit(do_not_specialize=["B", "Hq", "G", "Q", "S", "window", "num_sequences"])
+@triton.jit(do_not_specialize=["B", "Hq", "G", "Q", "S", "section_heads", "window", "num_sequences"])
 def _prefill_kernel(
     p_query,
     p_key,
@@ -30,6 +30,7 @@ def _prefill_kernel(
     G,
     Q,
     S,
+    section_heads,
     before_cap,
     softcap,
     to_log2,
@@ -51,19 +52,17 @@ def _prefill_kernel(
 ):
     MASK_D: tl.constexpr = D != BLOCK_D
     MASK_DV: tl.constexpr = Dv != BLOCK_DV
-    # The last rows see most: the longest tiles start first, and heads of one group run side by side.
-    i_bh = tl.program_id(0) % (B * Hq)
-    i_tile = tl.program_id(0) // (B * Hq)
+    num_row_tiles = tl.num_programs(0) // (B * Hq)
+    i_bh, i_m = tile_order.head_and_row_tile(tl.program_id(0), B * Hq, section_heads, num_row_tiles)
     i_b = (i_bh // Hq).to(tl.int64)
     i_h = i_bh % Hq
     if p_cu_seqlens is None:
         first_row = 0
         num_rows = Q
-        i_m = tl.cdiv(Q, BLOCK_M) - 1 - i_tile
         start, end = masks.load_kv_range(p_range, stride_range, i_b, S)
     else:
         first_row, num_rows, i_m, start, end = masks.load_sequence_tile(
-            p_cu_seqlens, p_range, stride_range, i_tile, num_sequences, Q, S, BLOCK_M, BLOCK_SEQUENCES
+            p_cu_seqlens, p_range, stride_range, num_row_tiles - 1 - i_m, num_sequences, Q, S, BLOCK_M, BLOCK_SEQUENCES
         )
 
     # Rows of the batch or sequence, and of the tensors.
@@ -177,10 +176,12 @@ def prefill_attention(
     softcap: float,
     cu_seqlens: torch.Tensor | None,
     tiles: Tiles | HopperTiles,
+    section_heads: int,
 ) -> None:
     """Writes attention into output `[B, Hq, Q, Dv]` and, if given, lse (contiguous `[B, Hq, Q]`); B, Q > 0.
 
-    cu_seqlens is contiguous; with it B is 1. Hopper's tiles serve what `is_served_by_hopper` accepts.
+    cu_seqlens is contiguous; with it B is 1. Hopper's tiles serve what `is_served_by_hopper` accepts. section_heads
+    divides the B * Hq heads: so many are computed at a time.
     """
     if isinstance(tiles, HopperTiles):
         # Imported here alone: it needs a Triton that has Gluon.
@@ -194,6 +195,7 @@ def prefill_attention(
             is_causal=is_causal,
             window=window,
             tiles=tiles,
+            section_heads=section_heads,
         )
         return
     batch, num_query_heads, query_len, head_dim = query.shape
@@ -223,6 +225,7 @@ def prefill_attention(
         num_query_heads // key.shape[1],
         query_len,
         key.shape[2],
+        section_heads,
         scores.before_cap,
         scores.softcap,
         scores.to_log2,

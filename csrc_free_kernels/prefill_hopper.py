@@ -2,7 +2,7 @@
 
 One group of four warps brings tiles in by the copy engine. Two more have half of a tile's query rows each: while the
 tensor cores multiply one tile of values, the next tile's scores become weights. Programs stay, and take tile after
-tile, the longest first.
+tile in the order of tile_order.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from csrc_free_kernels import softmax
+from csrc_free_kernels import softmax, tile_order
 from csrc_free_kernels.launch import Launcher
 from csrc_free_kernels.tuning import HopperTiles, ceil_div, padded_head_dim
 
@@ -30,12 +30,11 @@ def _tile(
 ):  # fmt: skip
     """(batch, head, row tile, end, first row's column, low, high, KV tiles): some row sees the slots [low, high).
 
-    A window hides all but num_before slots before a row's own. The last rows see most: the longest tiles start first,
-    and heads of one group run side by side.
+    A window hides all but num_before slots before a row's own.
     """
-    _, num_heads, Hq, _, Q, S = sizes
-    i_m = gl.cdiv(Q, BLOCK_M) - 1 - i_tile // num_heads
-    i_b = i_tile % num_heads // Hq
+    _, num_heads, section_heads, Hq, _, Q, S = sizes
+    i_head, i_m = tile_order.head_and_row_tile(i_tile, num_heads, section_heads, gl.cdiv(Q, BLOCK_M))
+    i_b = i_head // Hq
     start = 0
     end = S
     if p_range is not None:
@@ -53,7 +52,7 @@ def _tile(
     high = gl.maximum(low, high)
     # One at least, so that neither side has to do without: it is masked as a whole.
     num_kv_tiles = gl.maximum(gl.cdiv(high - low, BLOCK_N), 1)
-    return i_b, i_tile % Hq, i_m, end, first_column, low, high, num_kv_tiles
+    return i_b, i_head % Hq, i_m, end, first_column, low, high, num_kv_tiles
 
 
 @gluon.jit
@@ -78,17 +77,17 @@ def _produce(
 ):  # fmt: skip
     """Fills the rings: each row tile's queries, then its tiles of keys and values from the last to the first."""
     queries, keys, values, q_full, q_empty, k_full, k_empty, v_full, v_empty = rings
-    num_tiles, _, _, G, _, _ = sizes
+    num_tiles, _, _, _, G, _, _ = sizes
     NUM_QUERY_SLOTS: gl.constexpr = queries.shape[0] // 2
     NUM_SLOTS: gl.constexpr = keys.shape[0]
     BLOCK_D: gl.constexpr = keys.shape[4]
     i_kv = 0
     num_cleared = 0
-    for i_tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+    for i_turn in range(tile_order.num_turns(gl.program_id(0), gl.num_programs(0), num_tiles)):
+        i_tile = tile_order.tile_of_turn(i_turn, gl.program_id(0), gl.num_programs(0))
         i_b, i_h, i_m, end, _, low, _, num_kv_tiles = _tile(
             i_tile, sizes, p_range, stride_range, num_before, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_WINDOW
         )
-        i_turn = i_tile // gl.num_programs(0)
         for i_half in gl.static_range(2):
             slot = i_turn % NUM_QUERY_SLOTS * 2 + i_half
             mbarrier.wait(q_empty.index(slot), (i_turn // NUM_QUERY_SLOTS & 1) ^ 1)
@@ -165,7 +164,7 @@ def _consume(
 ):  # fmt: skip
     """Attention of one half of each row tile."""
     queries, keys, values, q_full, q_empty, k_full, k_empty, v_full, v_empty = rings
-    num_tiles, _, Hq, _, Q, _ = sizes
+    num_tiles, _, _, Hq, _, Q, _ = sizes
     NUM_QUERY_SLOTS: gl.constexpr = queries.shape[0] // 2
     NUM_SLOTS: gl.constexpr = keys.shape[0]
     BLOCK_D: gl.constexpr = keys.shape[4]
@@ -178,7 +177,8 @@ def _consume(
     output_row_layout: gl.constexpr = gl.SliceLayout(1, output_layout)
     b_zero = gl.zeros([ROWS, BLOCK_N], gl.float32, score_layout)
     i_kv = 0
-    for i_tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+    for i_turn in range(tile_order.num_turns(gl.program_id(0), gl.num_programs(0), num_tiles)):
+        i_tile = tile_order.tile_of_turn(i_turn, gl.program_id(0), gl.num_programs(0))
         i_b, i_h, i_m, _, first_column, low, high, num_kv_tiles = _tile(
             i_tile, sizes, p_range, stride_range, num_before, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_WINDOW
         )
@@ -191,7 +191,6 @@ def _consume(
         b_max = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
         b_sum = gl.zeros([ROWS], gl.float32, row_layout)
 
-        i_turn = i_tile // gl.num_programs(0)
         q_slot = i_turn % NUM_QUERY_SLOTS * 2 + I_HALF
         query = queries.index(q_slot).reshape([ROWS, BLOCK_D])
         mbarrier.wait(q_full.index(q_slot), i_turn // NUM_QUERY_SLOTS & 1)
@@ -267,10 +266,10 @@ def _barriers(NUM: gl.constexpr, COUNT: gl.constexpr):
 
 
 @Launcher
-@gluon.jit(do_not_specialize=["num_tiles", "num_heads", "Hq", "G", "Q", "S", "num_before"])
+@gluon.jit(do_not_specialize=["num_tiles", "num_heads", "section_heads", "Hq", "G", "Q", "S", "num_before"])
 def _prefill_kernel(
     d_query, d_key, d_value, d_output, p_lse, p_sinks, p_range, stride_range,
-    num_tiles, num_heads, Hq, G, Q, S, to_log2, to_natural, num_before,
+    num_tiles, num_heads, section_heads, Hq, G, Q, S, to_log2, to_natural, num_before,
     BLOCK_M: gl.constexpr, NUM_QUERY_SLOTS: gl.constexpr, NUM_SLOTS: gl.constexpr,
     IS_CAUSAL: gl.constexpr, HAS_WINDOW: gl.constexpr,
 ):  # fmt: skip
@@ -289,7 +288,7 @@ def _prefill_kernel(
     v_landed = _barriers(1, 1)
     hopper.fence_async_shared()
     rings = (queries, keys, values, q_full, q_empty, k_full, k_empty, v_full, v_empty)
-    sizes = (num_tiles, num_heads, Hq, G, Q, S)
+    sizes = (num_tiles, num_heads, section_heads, Hq, G, Q, S)
     # fmt: off
     gl.warp_specialize(
         [
@@ -319,6 +318,7 @@ def prefill_attention(
     is_causal: bool,
     window: int,
     tiles: HopperTiles,
+    section_heads: int,
 ) -> None:
     """As `prefill.prefill_attention`, for what `prefill.is_served_by_hopper` accepts."""
     batch, num_query_heads, query_len, head_dim = query.shape
@@ -338,6 +338,7 @@ def prefill_attention(
         None if kv_range is None else kv_range.stride(),
         num_tiles,
         num_heads,
+        section_heads,
         num_query_heads,
         num_query_heads // key.shape[1],
         query_len,

@@ -72,6 +72,8 @@ _HOPPER_DECODE: dict[str, Table] = {
     # Of whatever shares, for head dims that are no power of two: their masks take registers too.
     "masked": {(64, 2): Tiles(32, 64, 8, 5), (128, 2): Tiles(32, 64, 8, 5), (256, 2): Tiles(16, 32, 8, 5)},
 }
+# Of keys and values that programs of prefill read side by side: two thirds of an H100's L2, half of an A100's.
+_L2_BYTES = {"hopper": 32 * 2**20, "blackwell": 32 * 2**20, "ampere": 20 * 2**20, "small": 4 * 2**20}
 # Every other GPU gets the tables that fit 64 KB of shared memory.
 _GENERATION = {"sm_90": "hopper", "sm_80": "ampere", "sm_100": "blackwell", "sm_103": "blackwell"}
 # Tensor cores multiply no fewer rows, and no shorter ones.
@@ -139,6 +141,23 @@ def hopper_prefill_tiles(head_dim: int, num_multiprocessors: int) -> HopperTiles
         HopperTiles(block_m=128, block_n=128, num_query_slots=2, num_slots=2, num_programs=132)
     """
     return replace(_HOPPER_PREFILL[padded_head_dim(head_dim)], num_programs=num_multiprocessors)
+
+
+@functools.cache
+def section_heads(arch: str, num_kv_heads: int, group: int, head_bytes: int) -> int:
+    """Query heads that prefill computes at a time: those of as many KV heads as share the L2, and divide all of them.
+
+    Args:
+        num_kv_heads: of all sequences (batch * Hkv).
+        group: query heads of each.
+        head_bytes: keys and values of one.
+
+    Example:
+        >>> section_heads("sm_90", num_kv_heads=32, group=4, head_bytes=2 * 4096 * 256)
+        64
+    """
+    most = max(1, of_generation(_L2_BYTES, arch) // max(head_bytes, 1))
+    return group * max(number for number in range(1, num_kv_heads + 1) if number <= most and num_kv_heads % number == 0)
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,7 @@ def attention(
                 softcap=softcap,
                 cu_seqlens=None if cu_seqlens_q is None else cu_seqlens_q.contiguous(),
                 tiles=_prefill_tiles(query, key, value, scale, softcap, cu_seqlens_q),
+                section_heads=section_heads(query, key, value),
             )
             return
         decode.decode_attention(
@@ -77,6 +78,17 @@ def _prefill_tiles(
     if tuning.is_hopper(arch) and prefill.is_served_by_hopper(query, key, value, scale, softcap, cu_seqlens_q):
         return tuning.hopper_prefill_tiles(head_dim, tuning.num_multiprocessors(query.device))
     return tuning.prefill_tiles(arch, query.dtype, head_dim)
+
+
+def section_heads(query: Tensor, key: Tensor, value: Tensor) -> int:
+    """Heads that prefill computes at a time."""
+    batch, num_kv_heads, kv_len, head_dim = key.shape
+    return tuning.section_heads(
+        tuning.architecture(query.device),
+        num_kv_heads=batch * num_kv_heads,
+        group=query.shape[1] // num_kv_heads,
+        head_bytes=kv_len * (head_dim + value.shape[3]) * key.itemsize,
+    )
 
 
 def append_kv_(key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tensor, positions: Tensor) -> None:

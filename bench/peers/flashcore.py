@@ -59,6 +59,7 @@ class FlashCorePortable:
     def _attend(self, inputs: Inputs) -> Tensor:
         # Triton is not everywhere that this module is.
         from csrc_free_kernels.prefill import prefill_attention
+        from flashcore_ops import cuda
 
         case, query = inputs.case, inputs.query
         # The layout that the op gives.
@@ -77,5 +78,6 @@ class FlashCorePortable:
             softcap=0.0,
             cu_seqlens=None,
             tiles=tuning.prefill_tiles(tuning.architecture(query.device), query.dtype, case.head_dim),
+            section_heads=cuda.section_heads(query, inputs.key, inputs.value),
         )
         return output

@@ -7,19 +7,21 @@ from torch import Tensor
 
 from csrc_free_kernels import decode, linear, prefill, tuning
 from csrc_free_kernels.linear_tuning import LinearTiles, linear_tiles
-from csrc_free_kernels.tuning import DecodePlan, Tiles
+from csrc_free_kernels.tuning import DecodePlan, HopperTiles, Tiles
 from tests.kernels.conftest import IS_INTERPRETED
 from tests.linear_problems import LinearProblem, assert_linear_as_accurate_as_pytorch
 from tests.problems import Problem, assert_as_accurate_as_pytorch
 
 
-def check_prefill(problem: Problem, tiles: Tiles) -> None:
+def check_prefill(problem: Problem, tiles: Tiles | HopperTiles, kv_heads_at_a_time: int = 1) -> None:
     output, lse = poisoned_outputs(problem)
+    group = problem.query.shape[1] // problem.key.shape[1]
     prefill.prefill_attention(
         *(problem.query, problem.key, problem.value, output, lse),
         **_options(problem),
         cu_seqlens=problem.cu_seqlens_q,
         tiles=tiles,
+        section_heads=kv_heads_at_a_time * group,
     )
     assert_as_accurate_as_pytorch(output, lse, problem)
 

@@ -42,7 +42,8 @@ def compile_attention(
     with compiled_for(arch) as compiled:
         if query_len > tuning.MAX_DECODE_TOKENS or cu_seqlens is not None:
             tiles = tuning.prefill_tiles(arch, dtype, head_dim)
-            prefill.prefill_attention(query, key, key, output, lse, **options, cu_seqlens=cu_seqlens, tiles=tiles)
+            order = {"tiles": tiles, "section_heads": 4}
+            prefill.prefill_attention(query, key, key, output, lse, **options, cu_seqlens=cu_seqlens, **order)
         else:
             is_dependent = tuning.supports_dependent_launch(arch)
             for plan in plans(arch, dtype, head_dim, num_rows=4 * query_len):

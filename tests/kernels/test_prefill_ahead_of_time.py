@@ -39,6 +39,7 @@ def compile_prefill(
             softcap=0.0,
             cu_seqlens=None,
             tiles=tiles,
+            section_heads=4,
         )
     check_limits("sm_90", dtype, compiled)
     (kernel,) = compiled
