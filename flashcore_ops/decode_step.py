@@ -67,7 +67,9 @@ class DecodeStep:
             self.logits = self._forward(self._model)
 
     def _forward(self, model: Any) -> Tensor:
-        logits = self._next_logits(model)
+        # Experts multiply as in `generate`'s own steps: on a GPU, without the host's asking who got how many tokens.
+        with model._optimize_model_for_decode():
+            logits = self._next_logits(model)
         greedy(logits, self.tokens)
         return logits
 

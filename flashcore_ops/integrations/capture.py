@@ -24,7 +24,7 @@ def capture_obstacle(model: nn.Module) -> str | None:
         if chooses_frequencies(module):
             return "rotary frequencies that the host chooses by the length"
         if routes_experts(module):
-            return "experts that the host may run by their tokens"
+            return "experts that the host runs one by one, by their tokens"
     if any(type(weight) not in (Tensor, nn.Parameter) for weight in model.parameters()):
         return "weights that bring their own products"
     return None
@@ -38,6 +38,10 @@ def chooses_frequencies(module: nn.Module) -> bool:
 
 
 def routes_experts(module: nn.Module) -> bool:
-    """Whether the host may choose how experts run, by the tokens that each of them gets."""
-    family = family_of(type(module)) if isinstance(module, PreTrainedModel) else None
-    return family is not None and Feature.EXPERTS in family.features
+    """Whether the host chooses which experts run, by the tokens that each of them gets."""
+    if not isinstance(module, PreTrainedModel):
+        return False
+    family = family_of(type(module))
+    # One product for all experts, or what transformers puts in its place for decoding.
+    has_one_product = module.config._experts_implementation in ("grouped_mm", "batched_mm")
+    return family is not None and Feature.EXPERTS in family.features and not has_one_product

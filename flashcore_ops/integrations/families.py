@@ -61,8 +61,7 @@ class Family:
     def decode_step(self) -> str:
         """What a decode step runs, and whether a CUDA graph may hold it, in words."""
         layers = "fused layers" if Feature.FUSED in self.features else "own layers"
-        # The host may choose how the experts' products run, by the tokens that each of them gets.
-        return layers if Feature.EXPERTS in self.features else f"{layers}, CUDA graph"
+        return f"{layers}, CUDA graph"
 
 
 FAMILIES = (

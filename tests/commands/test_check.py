@@ -120,7 +120,7 @@ Kernels
   cuda:1    append   Triton append     new tokens into a static cache
 
 generate
-  Hugging Face's own caches and steps: experts that the host may run by their tokens""",
+  on a GPU a kept static cache and a captured step, on the CPU Hugging Face's own""",
     )
 
 

@@ -18,7 +18,7 @@ from flashcore_ops.generation import Sampling, generate_tokens, stream_tokens
 from flashcore_ops.integrations.transformers import replace_llama_attention_with_flashcore as patch
 from flashcore_ops.kept_steps import kept_steps
 from tests.gpu.recordings import Recordings, count_recordings
-from tests.integrations.models import CAPTURED_FAMILIES, PROMPT_LEN, make_batch, make_model
+from tests.integrations.models import FAMILIES, PROMPT_LEN, make_batch, make_model
 
 pytestmark = pytest.mark.gpu
 
@@ -63,7 +63,7 @@ def sdpa_tokens(model: Any, batch: dict[str, Tensor], num_tokens: int) -> list[l
 
 @pytest.mark.parametrize("kind", ["single", "left-padded"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("family", CAPTURED_FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_replay_equals_the_eager_step_bit_by_bit(family: str, dtype: torch.dtype, kind: str) -> None:
     model, batch = patch(make_model(family, "cuda", dtype)), make_batch(kind, "cuda")
     caches = [make_static_cache(model, len(batch["input_ids"]), 96) for _ in range(2)]
@@ -135,7 +135,7 @@ def test_a_step_past_the_end_is_nan_and_leaves_the_context_alive() -> None:
 
 
 @pytest.mark.parametrize("kind", ["single", "left-padded"])
-@pytest.mark.parametrize("family", CAPTURED_FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_generate_records_once_for_all_prompts(family: str, kind: str, recordings: Recordings) -> None:
     model, batch = make_model(family, "cuda"), make_batch(kind, "cuda")
     expected = sdpa_tokens(model, batch, NUM_STEPS)

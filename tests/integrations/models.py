@@ -62,7 +62,6 @@ _SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
 FAMILIES = tuple(_SETTINGS)
 FUSED_FAMILIES = ("llama", "mistral", "qwen2", "qwen2-window")
 ROUTED_FAMILIES = ("mixtral", "qwen3-moe", "gpt-oss")
-CAPTURED_FAMILIES = tuple(name for name in FAMILIES if name not in ROUTED_FAMILIES)
 WINDOW_FAMILIES = tuple(name for name, (_, settings) in _SETTINGS.items() if "sliding_window" in settings)
 # torch's SDPA knows neither softcap nor sinks.
 _EAGER_FAMILIES = ("gemma2", "gpt-oss")

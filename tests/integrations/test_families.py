@@ -23,7 +23,6 @@ from flashcore_ops.integrations.families import FAMILIES as TABLE
 from flashcore_ops.integrations.families import TESTED_TRANSFORMERS, Family, Feature, family_of
 from flashcore_ops.integrations.transformers import patch_model
 from tests.integrations.models import (
-    CAPTURED_FAMILIES,
     FAMILIES,
     FUSED_FAMILIES,
     ROUTED_FAMILIES,
@@ -89,7 +88,7 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("family", CAPTURED_FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_step_that_may_be_captured_reads_nothing_on_the_host(family: str) -> None:
     model, batch = patch_model(make_model(family)), make_batch("left-padded")
     assert is_capturable(model)
@@ -101,7 +100,7 @@ def test_a_step_that_may_be_captured_reads_nothing_on_the_host(family: str) -> N
 
 
 @pytest.mark.parametrize("family", ROUTED_FAMILIES)
-def test_a_step_with_experts_is_not_captured(family: str) -> None:
+def test_a_step_whose_experts_run_one_by_one_is_not_captured(family: str) -> None:
     model = patch_model(make_model(family))
     model.set_experts_implementation("eager")
     assert not is_capturable(model)
