@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from csrc_free_kernels.tuning import MAX_DECODE_TOKENS
+from csrc_free_kernels.decode_tuning import MAX_DECODE_TOKENS
 from flashcore_ops.checks import dtype_name
 
 

@@ -22,9 +22,10 @@ from torch import Tensor
 
 import flashcore_ops
 from bench.harness import describe, time_interleaved
-from csrc_free_kernels import linear_tuning, tuning
+from csrc_free_kernels import decode_tuning, linear_tuning, tuning
+from csrc_free_kernels.decode_tuning import DecodePlan, RingTiles
 from csrc_free_kernels.linear_tuning import LinearTiles
-from csrc_free_kernels.tuning import DecodePlan, Tiles
+from csrc_free_kernels.tuning import Tiles
 
 T = TypeVar("T")
 
@@ -108,12 +109,13 @@ def shipped_choice(batch: int, capacity: int) -> Choice:
         )
         for kind, (num_columns, depth) in LINEAR_KINDS.items()
     }
-    choice["attention"] = tuning.plan_decode(
+    choice["attention"] = decode_tuning.plan_decode(
         *(arch, torch.bfloat16, HEAD_DIM),
         num_rows=NUM_HEADS // NUM_KV_HEADS,
         num_heads=batch * NUM_KV_HEADS,
         kv_len=capacity,
         num_multiprocessors=num_multiprocessors,
+        has_ring=tuning.is_hopper(arch),
     )
     return choice
 
@@ -125,19 +127,24 @@ def candidates(shipped: Choice, batch: int) -> dict[str, list[LinearTiles | Deco
         tiles = shipped[kind]
         if isinstance(tiles, LinearTiles):
             tried[kind] += _linear_candidates(tiles, batch)
-    tried["attention"] += [
-        DecodePlan(Tiles(16, block_n, num_warps, num_stages), num_splits)
-        for block_n, num_warps, num_stages in (
-            (32, 4, 4),
-            (64, 4, 3),
-            (64, 4, 5),
-            (128, 4, 2),
-            (128, 4, 3),
-            (128, 8, 3),
-        )
-        for num_splits in sorted({1, 2, 4, max(1, 132 // (8 * batch)), max(1, 264 // (8 * batch))})
-    ]
+    attention = shipped["attention"]
+    if isinstance(attention, DecodePlan):
+        tried["attention"] += _attention_candidates(attention, batch)
     return {kind: list(dict.fromkeys(choices)) for kind, choices in tried.items()}
+
+
+def _attention_candidates(shipped: DecodePlan, batch: int) -> list[DecodePlan]:
+    all_splits = sorted({1, 2, 4, max(1, 132 // (8 * batch)), max(1, 264 // (8 * batch))})
+    if isinstance(shipped.tiles, RingTiles):
+        rings = [(64, 4, 2), (64, 4, 3), (64, 4, 4), (64, 4, 6), (128, 4, 2), (128, 4, 3)]
+        return [
+            DecodePlan(RingTiles(shipped.tiles.block_m, shipped.tiles.held_rows, *ring), num_splits, prefetched_slots)
+            for ring in rings
+            for num_splits in all_splits
+            for prefetched_slots in (64, 128)
+        ]
+    shapes = [(32, 4, 4), (64, 4, 3), (64, 4, 5), (128, 4, 2), (128, 4, 3), (128, 8, 3)]
+    return [DecodePlan(Tiles(16, *shape), num_splits) for shape in shapes for num_splits in all_splits]
 
 
 def _linear_candidates(shipped: LinearTiles, batch: int) -> list[LinearTiles]:
@@ -173,7 +180,7 @@ def tuned(choice: Mapping[str, LinearTiles | DecodePlan]) -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(linear_tuning, "linear_tiles", linear_tiles))
-        stack.enter_context(mock.patch.object(tuning, "plan_decode", return_value=attention))
+        stack.enter_context(mock.patch.object(decode_tuning, "plan_decode", return_value=attention))
         yield
 
 

@@ -24,7 +24,7 @@ def allocate_partials(output: torch.Tensor, num_splits: int) -> torch.Tensor:
 
 
 @triton.jit
-def _maxima_and_sums(p_partial, num_splits, num_rows, Dv: tl.constexpr):
+def maxima_and_sums(p_partial, num_splits, num_rows, Dv: tl.constexpr):
     """Where the maxima and the sums begin."""
     num_parts = tl.cast(num_splits, tl.int64) * num_rows
     return p_partial + num_parts * Dv, p_partial + num_parts * (Dv + 1)
@@ -33,7 +33,7 @@ def _maxima_and_sums(p_partial, num_splits, num_rows, Dv: tl.constexpr):
 @triton.jit
 def store_partial(p_partial, num_splits, num_rows, i_part, b_o, b_max, b_sum, m_row, Dv: tl.constexpr):
     """Leaves b_o [BLOCK_M, BLOCK_DV] and its max and sum at rows i_part [BLOCK_M] of the partials."""
-    p_partial_max, p_partial_sum = _maxima_and_sums(p_partial, num_splits, num_rows, Dv)
+    p_partial_max, p_partial_sum = maxima_and_sums(p_partial, num_splits, num_rows, Dv)
     o_dv = tl.arange(0, b_o.shape[1])
     tl.store(p_partial + i_part[:, None] * Dv + o_dv[None, :], b_o, mask=m_row[:, None] & (o_dv < Dv)[None, :])
     tl.store(p_partial_max + i_part, b_max, mask=m_row)
@@ -71,7 +71,7 @@ def _combine_kernel(
     o_part = o_split.to(tl.int64) * num_rows + i_row
     o_dv = tl.program_id(1) * BLOCK_DV + tl.arange(0, BLOCK_DV)
     m_dv = o_dv < Dv
-    p_partial_max, p_partial_sum = _maxima_and_sums(p_partial, num_splits, num_rows, Dv)
+    p_partial_max, p_partial_sum = maxima_and_sums(p_partial, num_splits, num_rows, Dv)
     b_part_max = tl.load(p_partial_max + o_part, mask=m_split, other=float("-inf"))
     b_part_sum = tl.load(p_partial_sum + o_part, mask=m_split, other=0.0)
     # [BLOCK_SPLITS, BLOCK_DV]

@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 
 from csrc_free_kernels import combine, dependent_launch, masks, shares, softmax
+from csrc_free_kernels.decode_tuning import DecodePlan, RingTiles
 from csrc_free_kernels.launch import Launcher
-from csrc_free_kernels.tuning import DecodePlan, ceil_div, next_power_of_2
+from csrc_free_kernels.tuning import ceil_div, next_power_of_2
 
 
 @Launcher
@@ -152,8 +153,27 @@ def decode_attention(
     plan: DecodePlan,
     is_dependent: bool,
 ) -> None:
-    """Writes attention into output `[B, Hq, Q, Dv]` and, if given, lse (contiguous `[B, Hq, Q]`); B, Q > 0."""
+    """Writes attention into output `[B, Hq, Q, Dv]` and, if given, lse (contiguous `[B, Hq, Q]`); B, Q > 0.
+
+    A plan with a ring serves what `shares.is_served_by_ring` accepts.
+    """
     tiles, num_splits = plan.tiles, plan.num_splits
+    if isinstance(tiles, RingTiles):
+        # Imported here alone: it needs a Triton that has Gluon.
+        from csrc_free_kernels import decode_hopper
+
+        decode_hopper.decode_attention(
+            *(query, key, value, output, lse),
+            kv_range=kv_range,
+            sinks=sinks,
+            scale=scale,
+            is_causal=is_causal,
+            window=window,
+            num_splits=num_splits,
+            prefetched_slots=plan.prefetched_slots,
+            tiles=tiles,
+        )
+        return
     batch, num_query_heads, query_len, head_dim = query.shape
     num_kv_heads, value_dim = key.shape[1], value.shape[3]
     group = num_query_heads // num_kv_heads

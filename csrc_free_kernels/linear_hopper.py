@@ -16,17 +16,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from csrc_free_kernels.launch import Launcher
-
-
-@gluon.jit
-def _offsets(dim: gl.constexpr, size: gl.constexpr, layout: gl.constexpr):
-    """0 to size - 1 along one dimension of three."""
-    if dim == 0:
-        return gl.arange(0, size, layout=gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None, None]
-    elif dim == 1:
-        return gl.arange(0, size, layout=gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None]
-    else:
-        return gl.arange(0, size, layout=gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
+from csrc_free_kernels.layouts import offsets
 
 
 @gluon.jit
@@ -107,8 +97,8 @@ def ring_kernel(
             first_column = N1
             i_tile -= tiles_first
 
-    o_n = _offsets(1, BLOCK_N, weight_copy)
-    o_wk = _offsets(0, NUM_WARPS, weight_copy) * DEPTH + _offsets(2, DEPTH, weight_copy)
+    o_n = offsets(1, BLOCK_N, weight_copy)
+    o_wk = offsets(0, NUM_WARPS, weight_copy) * DEPTH + offsets(2, DEPTH, weight_copy)
     # Rows past the last read the last one again, and are not stored.
     o_w = gl.minimum(i_tile * WIDTH + o_n % WIDTH, num_rows - 1).to(gl.int64) * K + o_wk
     p_w = p_weight + o_w
@@ -127,15 +117,15 @@ def ring_kernel(
     if IS_DEPENDENT and HAS_CONSTANT_WEIGHTS:
         gdc_wait()
 
-    o_m = gl.program_id(1) * BLOCK_M + _offsets(2, BLOCK_M, input_copy)
-    o_xk = _offsets(0, NUM_WARPS, input_copy) * DEPTH + _offsets(1, DEPTH, input_copy)
+    o_m = gl.program_id(1) * BLOCK_M + offsets(2, BLOCK_M, input_copy)
+    o_xk = offsets(0, NUM_WARPS, input_copy) * DEPTH + offsets(1, DEPTH, input_copy)
     m_x = o_m < M
     p_x = p_input + o_m.to(gl.int64) * stride_input + o_xk
     for i_slot in gl.static_range(NUM_SLOTS - 1):
         _copy_slot(inputs, i_slot, p_x, i_slot * BLOCK_K, o_xk, m_x, K)
         async_copy.commit_group()
 
-    o_gk = _offsets(0, NUM_WARPS, right) * DEPTH + _offsets(1, DEPTH, right)
+    o_gk = offsets(0, NUM_WARPS, right) * DEPTH + offsets(1, DEPTH, right)
     b_sums = gl.zeros([NUM_WARPS, BLOCK_N, BLOCK_M], gl.float32, sums)
     b_squares = gl.zeros([NUM_WARPS, BLOCK_M], gl.float32, gl.SliceLayout(1, right))
     full = 0

@@ -14,7 +14,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from csrc_free_kernels import softmax, tile_order
+from csrc_free_kernels import masks, softmax, tile_order
 from csrc_free_kernels.launch import Launcher
 from csrc_free_kernels.tuning import HopperTiles, ceil_div, padded_head_dim
 
@@ -24,23 +24,30 @@ _PRODUCER_REGISTERS = gl.constexpr(40)
 
 
 @gluon.jit
-def _tile(
-    i_tile, sizes, p_range, stride_range, num_before,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, IS_CAUSAL: gl.constexpr, HAS_WINDOW: gl.constexpr,
-):  # fmt: skip
-    """(batch, head, row tile, end, first row's column, low, high, KV tiles): some row sees the slots [low, high).
-
-    A window hides all but num_before slots before a row's own.
-    """
-    _, num_heads, section_heads, Hq, _, Q, S = sizes
-    i_head, i_m = tile_order.head_and_row_tile(i_tile, num_heads, section_heads, gl.cdiv(Q, BLOCK_M))
-    i_b = i_head // Hq
+def _load_range(i_turn, sizes, p_range, stride_range, BLOCK_M: gl.constexpr):
+    """(start, end) of the tile that the program takes in a turn; of any, if there is none."""
+    num_tiles, num_heads, section_heads, Hq, _, Q, S = sizes
     start = 0
     end = S
     if p_range is not None:
-        p_start = p_range + i_b.to(gl.int64) * stride_range[0]
-        end = gl.minimum(gl.maximum(gl.load(p_start + stride_range[1]), 0), S)
-        start = gl.minimum(gl.maximum(gl.load(p_start), 0), end)
+        i_tile = tile_order.tile_of_turn(i_turn, gl.program_id(0), gl.num_programs(0))
+        i_tile = gl.minimum(i_tile, num_tiles - 1)
+        i_head, _ = tile_order.head_and_row_tile(i_tile, num_heads, section_heads, gl.cdiv(Q, BLOCK_M))
+        start, end = masks.load_kv_range(p_range, stride_range, (i_head // Hq).to(gl.int64), S)
+    return start, end
+
+
+@gluon.jit
+def _tile(
+    i_tile, sizes, start, end, num_before,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, IS_CAUSAL: gl.constexpr, HAS_WINDOW: gl.constexpr,
+):  # fmt: skip
+    """(batch, head, row tile, first row's column, low, high, KV tiles): some row sees the slots [low, high).
+
+    A window hides all but num_before slots before a row's own.
+    """
+    _, num_heads, section_heads, Hq, _, Q, _ = sizes
+    i_head, i_m = tile_order.head_and_row_tile(i_tile, num_heads, section_heads, gl.cdiv(Q, BLOCK_M))
     # Never below 1. So bounded, it is not summed with num_before once for all, which took a register too many.
     first_column = end - gl.maximum(Q - i_m * BLOCK_M, 1)
     low = start
@@ -52,7 +59,7 @@ def _tile(
     high = gl.maximum(low, high)
     # One at least, so that neither side has to do without: it is masked as a whole.
     num_kv_tiles = gl.maximum(gl.cdiv(high - low, BLOCK_N), 1)
-    return i_b, i_head % Hq, i_m, end, first_column, low, high, num_kv_tiles
+    return i_head // Hq, i_head % Hq, i_m, first_column, low, high, num_kv_tiles
 
 
 @gluon.jit
@@ -85,8 +92,9 @@ def _produce(
     num_cleared = 0
     for i_turn in range(tile_order.num_turns(gl.program_id(0), gl.num_programs(0), num_tiles)):
         i_tile = tile_order.tile_of_turn(i_turn, gl.program_id(0), gl.num_programs(0))
-        i_b, i_h, i_m, end, _, low, _, num_kv_tiles = _tile(
-            i_tile, sizes, p_range, stride_range, num_before, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_WINDOW
+        start, end = _load_range(i_turn, sizes, p_range, stride_range, BLOCK_M)
+        i_b, i_h, i_m, _, low, _, num_kv_tiles = _tile(
+            i_tile, sizes, start, end, num_before, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_WINDOW
         )
         for i_half in gl.static_range(2):
             slot = i_turn % NUM_QUERY_SLOTS * 2 + i_half
@@ -177,11 +185,14 @@ def _consume(
     output_row_layout: gl.constexpr = gl.SliceLayout(1, output_layout)
     b_zero = gl.zeros([ROWS, BLOCK_N], gl.float32, score_layout)
     i_kv = 0
+    start, end = _load_range(0, sizes, p_range, stride_range, BLOCK_M)
     for i_turn in range(tile_order.num_turns(gl.program_id(0), gl.num_programs(0), num_tiles)):
         i_tile = tile_order.tile_of_turn(i_turn, gl.program_id(0), gl.num_programs(0))
-        i_b, i_h, i_m, _, first_column, low, high, num_kv_tiles = _tile(
-            i_tile, sizes, p_range, stride_range, num_before, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_WINDOW
+        i_b, i_h, i_m, first_column, low, high, num_kv_tiles = _tile(
+            i_tile, sizes, start, end, num_before, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_WINDOW
         )
+        # On its way while this tile is computed.
+        start, end = _load_range(i_turn + 1, sizes, p_range, stride_range, BLOCK_M)
         first_column += I_HALF * ROWS
         # Every row sees the slots below this, and with a window those from the last row's first on.
         full_high = high

@@ -9,12 +9,13 @@ import triton
 import triton.language as tl
 
 from csrc_free_kernels import combine, dependent_launch, masks, shares, softmax
+from csrc_free_kernels.decode_tuning import PREFETCHED_BYTES, DecodePlan, RingTiles
 from csrc_free_kernels.launch import Launcher
-from csrc_free_kernels.tuning import PREFETCHED_BYTES, DecodePlan, ceil_div, next_power_of_2
+from csrc_free_kernels.tuning import ceil_div, next_power_of_2
 
 
 @triton.jit
-def _load_slot_range(p_range, stride_range, i_b, S):
+def load_slot_range(p_range, stride_range, i_b, S):
     """(start, end, whether slot end - 1 exists). Without that slot the range is empty."""
     p_start = p_range + i_b * stride_range[0]
     end = tl.load(p_start + stride_range[1])
@@ -120,7 +121,7 @@ def _rope_decode_kernel(
             PREFETCHED_SLOTS,
         )  # fmt: skip
     dependent_launch.wait(IS_DEPENDENT)
-    start, end, has_slot = _load_slot_range(p_range, stride_range, i_b, S)
+    start, end, has_slot = load_slot_range(p_range, stride_range, i_b, S)
 
     # The cached slots [low, high) that the new token sees.
     low, _ = masks.visible_bounds(start, end, end - 1, end - 1, window, False, HAS_WINDOW)
@@ -213,18 +214,36 @@ def rope_append_attention(
 ) -> None:
     """Appends the rotated key and value `[B, Hkv, 1, D or Dv]`, and writes attention into output `[B, Hq, 1, Dv]`.
 
-    cos and sin are `[B or 1, 1, D]`; B > 0. next_weight is contiguous.
+    cos and sin are `[B or 1, 1, D]`; B > 0. next_weight is contiguous. A plan with a ring serves what
+    `shares.is_served_by_ring` accepts.
     """
     tiles, num_splits = plan.tiles, plan.num_splits
+    num_next_lines = 0
+    if next_weight is not None and is_dependent:
+        num_next_lines = min(next_weight.nbytes, PREFETCHED_BYTES) // dependent_launch.LINE_BYTES.value
+    if isinstance(tiles, RingTiles):
+        # Imported here alone: it needs a Triton that has Gluon.
+        from csrc_free_kernels import rope_decode_hopper
+
+        rope_decode_hopper.rope_append_attention(
+            *(query, key, value, cos, sin, key_cache, value_cache, output),
+            kv_range=kv_range,
+            sinks=sinks,
+            scale=scale,
+            window=window,
+            next_weight=next_weight if num_next_lines > 0 else None,
+            num_next_lines=num_next_lines,
+            num_splits=num_splits,
+            prefetched_slots=plan.prefetched_slots,
+            tiles=tiles,
+        )
+        return
     batch, num_query_heads, _, head_dim = query.shape
     num_kv_heads, value_dim = key_cache.shape[1], value_cache.shape[3]
     group = num_query_heads // num_kv_heads
     num_row_tiles = ceil_div(group, tiles.block_m)
     scores = softmax.score_scale(scale, softcap)
     partials = combine.allocate_partials(output, num_splits) if num_splits > 1 else None
-    num_next_lines = 0
-    if next_weight is not None and is_dependent:
-        num_next_lines = min(next_weight.nbytes, PREFETCHED_BYTES) // dependent_launch.LINE_BYTES.value
     _rope_decode_kernel(
         (batch * num_kv_heads * num_row_tiles * num_splits,),
         query,

@@ -52,48 +52,12 @@ _HOPPER_PREFILL = {
     128: HopperTiles(128, 128, num_query_slots=2, num_slots=2),
     256: HopperTiles(128, 64, num_query_slots=1, num_slots=2),
 }
-_FLOAT32_DECODE: Table = {
-    (64, 4): Tiles(16, 32, 4, 2),
-    (128, 4): Tiles(16, 32, 8, 2),
-    (256, 4): Tiles(16, 16, 8, 1),
-}
-_DECODE: dict[str, Table] = {
-    "ampere": {(64, 2): Tiles(32, 32, 4, 4), (128, 2): Tiles(64, 32, 4, 4), (256, 2): Tiles(32, 32, 4, 3)},
-    "blackwell": {(64, 2): Tiles(32, 32, 4, 4), (128, 2): Tiles(32, 32, 4, 4), (256, 2): Tiles(32, 32, 4, 3)},
-    "small": {(64, 2): Tiles(64, 64, 4, 2), (128, 2): Tiles(32, 64, 4, 2), (256, 2): Tiles(32, 32, 4, 2)},
-}
-# On Hopper, where one wave of programs covers the GPU, one fills a processor's shared memory: smaller ones crowd onto
-# some processors, and leave others without work, when they start while the kernel ahead still runs. By the length of
-# their shares, more loads in flight or longer tiles pay. Where programs follow each other, several share a processor.
-_HOPPER_DECODE: dict[str, Table] = {
-    "short": {(64, 2): Tiles(64, 128, 4, 5), (128, 2): Tiles(64, 64, 4, 5), (256, 2): Tiles(32, 64, 8, 3)},
-    "long": {(64, 2): Tiles(64, 128, 4, 5), (128, 2): Tiles(64, 128, 8, 3), (256, 2): Tiles(32, 64, 8, 3)},
-    "waves": {(64, 2): Tiles(64, 128, 4, 4), (128, 2): Tiles(32, 128, 4, 2), (256, 2): Tiles(32, 32, 4, 3)},
-    # Of whatever shares, for head dims that are no power of two: their masks take registers too.
-    "masked": {(64, 2): Tiles(32, 64, 8, 5), (128, 2): Tiles(32, 64, 8, 5), (256, 2): Tiles(16, 32, 8, 5)},
-}
 # Of keys and values that programs of prefill read side by side: two thirds of an H100's L2, half of an A100's.
 _L2_BYTES = {"hopper": 32 * 2**20, "blackwell": 32 * 2**20, "ampere": 20 * 2**20, "small": 4 * 2**20}
 # Every other GPU gets the tables that fit 64 KB of shared memory.
 _GENERATION = {"sm_90": "hopper", "sm_80": "ampere", "sm_100": "blackwell", "sm_103": "blackwell"}
 # Tensor cores multiply no fewer rows, and no shorter ones.
 MIN_DOT_SIZE = 16
-# Query tokens up to which the split kernel serves; beyond, prefill has enough tiles of its own.
-MAX_DECODE_TOKENS = 16
-# A share that is worth a program, and the least that a caller may ask for.
-_MIN_SLOTS_PER_SPLIT = 64
-_MIN_SLOTS_OF_A_WISH = 16
-_MAX_SPLITS = 128
-_LONG_SHARE = 1024
-# Of a split's share, asked for ahead: all programs together no more than what memory delivers between two kernels.
-_FEW_SLOTS, _MANY_SLOTS = 64, 128
-# Of the next kernel's weights, what decode's attention brings into the L2 while the memory would idle.
-PREFETCHED_BYTES = 8 * 2**20
-# Decode's programs that a processor holds at a time, where they do not fill it.
-_PROGRAMS_PER_PROCESSOR = 2
-# More waves than this only add partial results; fewer are enough if they keep this share of the GPU busy.
-_MAX_WAVES = 5
-_BUSY_ENOUGH = 0.85
 
 
 def architecture(device: torch.device) -> str:
@@ -130,7 +94,7 @@ def prefill_tiles(arch: str, dtype: torch.dtype, head_dim: int) -> Tiles:
         Tiles(block_m=128, block_n=64, num_warps=8, num_stages=3)
     """
     table = of_generation(_PREFILL, arch) | _FLOAT32_PREFILL
-    return table[_table_key(dtype, head_dim)]
+    return table[table_key(dtype, head_dim)]
 
 
 def hopper_prefill_tiles(head_dim: int, num_multiprocessors: int) -> HopperTiles:
@@ -160,87 +124,10 @@ def section_heads(arch: str, num_kv_heads: int, group: int, head_bytes: int) -> 
     return group * max(number for number in range(1, num_kv_heads + 1) if number <= most and num_kv_heads % number == 0)
 
 
-@dataclass(frozen=True)
-class DecodePlan:
-    """How a split-KV kernel is cut: its tiles, splits of each KV range, and of each split's slots, how many it asks the
-    L2 for while the kernel ahead still runs."""
-
-    tiles: Tiles
-    num_splits: int
-    prefetched_slots: int = _FEW_SLOTS
-
-
-@functools.cache
-def plan_decode(
-    arch: str,
-    dtype: torch.dtype,
-    head_dim: int,
-    *,
-    num_rows: int,
-    num_heads: int,
-    kv_len: int,
-    num_multiprocessors: int,
-    num_splits: int = 0,
-) -> DecodePlan:
-    """How a split-KV kernel is cut, from shapes alone.
-
-    Args:
-        head_dim: the larger of D and Dv.
-        num_rows: packed rows of a KV head (group * query_len).
-        num_heads: KV heads of all sequences (batch * Hkv).
-        kv_len: S, the slots of the cache, not its current length: the host never reads that.
-        num_splits: at most so many; 0 chooses.
-
-    Example:
-        >>> sizes = dict(num_rows=4, kv_len=8192, num_multiprocessors=132)
-        >>> plan_decode("sm_90", torch.bfloat16, 128, num_heads=8, **sizes)
-        DecodePlan(tiles=Tiles(block_m=16, block_n=64, num_warps=4, num_stages=5), num_splits=16, prefetched_slots=128)
-        >>> plan_decode("sm_90", torch.bfloat16, 128, num_heads=256, **sizes)
-        DecodePlan(tiles=Tiles(block_m=16, block_n=128, num_warps=4, num_stages=2), num_splits=1, prefetched_slots=64)
-    """
-    key = _table_key(dtype, head_dim)
-    is_tuned = is_hopper(arch) and dtype.itemsize == 2
-    is_masked = head_dim != next_power_of_2(head_dim)
-    if is_tuned:
-        table = _HOPPER_DECODE["masked" if is_masked else "waves"]
-    else:
-        table = of_generation(_DECODE, arch) | _FLOAT32_DECODE
-    block_m = min(table[key].block_m, max(MIN_DOT_SIZE, next_power_of_2(num_rows)))
-    num_programs = num_heads * ceil_div(num_rows, block_m)
-    num_places = num_multiprocessors * (1 if is_tuned else _PROGRAMS_PER_PROCESSOR)
-    if num_splits > 0:
-        num_splits = min(num_splits, kv_len // _MIN_SLOTS_OF_A_WISH, _MAX_SPLITS)
-    else:
-        num_splits = min(_fill_waves(num_programs, num_places), kv_len // _MIN_SLOTS_PER_SPLIT, _MAX_SPLITS)
-    num_splits = max(num_splits, 1)
-    share = kv_len // num_splits
-    is_one_wave = num_programs * num_splits <= num_places
-    if is_tuned and is_one_wave and not is_masked:
-        table = _HOPPER_DECODE["long" if share >= _LONG_SHARE else "short"]
-    return DecodePlan(
-        replace(table[key], block_m=block_m),
-        num_splits,
-        _MANY_SLOTS if is_one_wave and share >= 2 * _MANY_SLOTS else _FEW_SLOTS,
-    )
-
-
 def of_generation(tables: dict[str, T], arch: str) -> T:
     """What holds for an architecture; where there is nothing of its own, Ampere's fits Hopper and Blackwell too."""
     generation = _GENERATION.get(arch, "small")
     return tables[generation] if generation in tables else tables["ampere"]
-
-
-def _fill_waves(num_programs: int, num_places: int) -> int:
-    """The smallest number of splits with which whole waves of programs keep most of the GPU busy."""
-    best_share, best_splits = 0.0, 1
-    for num_waves in range(1, _MAX_WAVES + 1):
-        num_splits = num_waves * num_places // max(num_programs, 1)
-        share = num_programs * num_splits / (num_waves * num_places)
-        if share >= _BUSY_ENOUGH:
-            return num_splits
-        if share > best_share:
-            best_share, best_splits = share, num_splits
-    return best_splits
 
 
 def _device_facts(device: torch.device) -> tuple[str, int]:
@@ -255,7 +142,13 @@ def _facts_of(index: int) -> tuple[str, int]:
     return f"sm_{properties.major}{properties.minor}", properties.multi_processor_count
 
 
-def _table_key(dtype: torch.dtype, head_dim: int) -> tuple[int, int]:
+def table_key(dtype: torch.dtype, head_dim: int) -> tuple[int, int]:
+    """Where a table holds the tiles of such heads.
+
+    Example:
+        >>> table_key(torch.float16, 80)
+        (128, 2)
+    """
     return padded_head_dim(head_dim), dtype.itemsize
 
 

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from csrc_free_kernels import argmax as argmax_kernels
-from csrc_free_kernels import decode, kv_append, linear_tuning, prefill, rope_decode, tuning
+from csrc_free_kernels import decode, decode_tuning, kv_append, linear_tuning, prefill, rope_decode, shares, tuning
 from csrc_free_kernels import linear as linear_kernels
 from csrc_free_kernels import step_input as step_input_kernels
-from csrc_free_kernels.tuning import DecodePlan, HopperTiles, Tiles
+from csrc_free_kernels.decode_tuning import DecodePlan
+from csrc_free_kernels.tuning import HopperTiles, Tiles
 
 
 def attention(
@@ -36,7 +37,7 @@ def attention(
     sinks = None if sinks is None else sinks.contiguous()
     # Triton launches on the current device.
     with torch.cuda.device(query.device):
-        if query_len > tuning.MAX_DECODE_TOKENS or cu_seqlens_q is not None:
+        if query_len > decode_tuning.MAX_DECODE_TOKENS or cu_seqlens_q is not None:
             prefill.prefill_attention(
                 query,
                 key,
@@ -66,7 +67,7 @@ def attention(
             is_causal=is_causal,
             window=window,
             softcap=softcap,
-            plan=_plan_decode(query, key, value, num_splits),
+            plan=_plan_decode(query, key, value, scale, softcap, num_splits),
             is_dependent=tuning.supports_dependent_launch(tuning.architecture(query.device)),
         )
 
@@ -140,22 +141,26 @@ def rope_append_attention(
             window=min(window, kv_len),
             softcap=softcap,
             next_weight=next_weight,
-            plan=_plan_decode(query, key_cache, value_cache, num_splits),
+            plan=_plan_decode(query, key_cache, value_cache, scale, softcap, num_splits),
             is_dependent=tuning.supports_dependent_launch(tuning.architecture(query.device)),
         )
     _increment_versions(key_cache, value_cache)
 
 
-def _plan_decode(query: Tensor, key: Tensor, value: Tensor, num_splits: int) -> DecodePlan:
+def _plan_decode(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float, num_splits: int
+) -> DecodePlan:
     batch, num_query_heads, query_len, head_dim = query.shape
     _, num_kv_heads, kv_len, _ = key.shape
-    return tuning.plan_decode(
-        *(tuning.architecture(query.device), query.dtype, max(head_dim, value.shape[3])),
+    arch = tuning.architecture(query.device)
+    return decode_tuning.plan_decode(
+        *(arch, query.dtype, max(head_dim, value.shape[3])),
         num_rows=num_query_heads // num_kv_heads * query_len,
         num_heads=batch * num_kv_heads,
         kv_len=kv_len,
         num_multiprocessors=tuning.num_multiprocessors(query.device),
         num_splits=num_splits,
+        has_ring=tuning.is_hopper(arch) and shares.is_served_by_ring(query, key, value, scale, softcap),
     )
 
 

@@ -9,9 +9,10 @@ import torch
 from typer.testing import CliRunner
 
 from bench import tune
-from csrc_free_kernels import linear_tuning, tuning
+from csrc_free_kernels import decode_tuning, linear_tuning
+from csrc_free_kernels.decode_tuning import DecodePlan
 from csrc_free_kernels.linear_tuning import LinearTiles
-from csrc_free_kernels.tuning import DecodePlan, Tiles
+from csrc_free_kernels.tuning import Tiles
 
 
 def shipped(batch: int) -> tune.Choice:
@@ -54,9 +55,9 @@ def test_launches_take_the_chosen_tiles():
         for kind, (columns, depth) in tune.LINEAR_KINDS.items():
             tiles = linear_tuning.linear_tiles("sm_90", torch.bfloat16, num_columns=columns, depth=depth)
             assert tiles == (other if kind == "down" else choice[kind])
-        assert tuning.plan_decode("sm_90", torch.bfloat16, 128) == choice["attention"]
+        assert decode_tuning.plan_decode("sm_90", torch.bfloat16, 128) == choice["attention"]
     with pytest.raises(TypeError):
-        tuning.plan_decode("sm_90", torch.bfloat16, 128)
+        decode_tuning.plan_decode("sm_90", torch.bfloat16, 128)
 
 
 @pytest.mark.gpu

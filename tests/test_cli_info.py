@@ -11,7 +11,7 @@ from click.testing import Result
 from rich.console import Console
 from typer.testing import CliRunner
 
-from csrc_free_kernels import tuning
+from csrc_free_kernels import decode_tuning, tuning
 from flashcore_ops.cli import app
 from flashcore_ops.commands.info import Gpu, Info, Versions, choose_kernels, render_info, to_json
 from flashcore_ops.commands.kernels import Kernel
@@ -96,6 +96,7 @@ Kernels
   cuda:0  prefill  Triton tiled      over 16 query tokens; sm_90: 128x64 tiles, 8 warps, 3 stages
   cuda:0  prefill  Gluon for Hopper  the same in 16 bits, without softcap; sm_90: specialised warps
   cuda:0  decode   Triton split-KV   up to 16 query tokens; sm_90: 16x64 tiles, 4 warps, 5 stages
+  cuda:0  decode   Gluon for Hopper  16 bits, no softcap; sm_90: 16x128 tiles, 4 warps, ring of 3
   cuda:0  append   Triton append     new tokens into a static cache
   cpu     all      CPU (torch SDPA)  for tensors on the CPU; softcap, sinks, lse: dense float32
   Tiles (query rows x KV slots) are those of bfloat16 at head dim 128, and one sequence.""",
@@ -140,6 +141,7 @@ def test_kernels_are_listed_once_an_architecture_with_its_tiles() -> None:
         ("cuda:0,2", "prefill"),
         ("cuda:0,2", "prefill"),
         ("cuda:0,2", "decode"),
+        ("cuda:0,2", "decode"),
         ("cuda:0,2", "append"),
         ("cuda:1", "prefill"),
         ("cuda:1", "decode"),
@@ -148,7 +150,7 @@ def test_kernels_are_listed_once_an_architecture_with_its_tiles() -> None:
     ]
     tiles = tuning.prefill_tiles("sm_90", torch.bfloat16, 128)
     assert kernels[0].reason == (
-        f"over {tuning.MAX_DECODE_TOKENS} query tokens; sm_90: {tiles.block_m}x{tiles.block_n} tiles, "
+        f"over {decode_tuning.MAX_DECODE_TOKENS} query tokens; sm_90: {tiles.block_m}x{tiles.block_n} tiles, "
         f"{tiles.num_warps} warps, {tiles.num_stages} stages"
     )
 

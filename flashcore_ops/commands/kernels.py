@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from csrc_free_kernels import tuning
+from csrc_free_kernels import decode_tuning, tuning
+from csrc_free_kernels.decode_tuning import MAX_DECODE_TOKENS, RingTiles
 from csrc_free_kernels.tuning import Tiles
 from flashcore_ops.cpu import is_served_by_sdpa
 
@@ -23,8 +24,8 @@ _SHOWN_KV_HEADS, _SHOWN_GROUP = 8, 4
 # And decode's, for one sequence in a cache of so many slots, on an H100's multiprocessors.
 _SHOWN_SLOTS, _SHOWN_MULTIPROCESSORS = 8192, 132
 
-_BY_PREFILL = f"over {tuning.MAX_DECODE_TOKENS} query tokens"
-_BY_DECODE = f"up to {tuning.MAX_DECODE_TOKENS} query tokens"
+_BY_PREFILL = f"over {MAX_DECODE_TOKENS} query tokens"
+_BY_DECODE = f"up to {MAX_DECODE_TOKENS} query tokens"
 _BY_APPEND = "new tokens into a static cache"
 _BY_HOPPER = "in 16 bits, without softcap"
 
@@ -44,15 +45,17 @@ def gpu_kernels(name: str, architecture: str, *, has_triton: bool) -> list[Kerne
     if not has_triton:
         return [_none(name)]
     shape = (architecture, SHOWN_DTYPE, SHOWN_HEAD_DIM)
-    of_hopper = []
-    if tuning.is_hopper(architecture):
-        of_hopper = [_hopper_prefill(name, f"the same {_BY_HOPPER}; {architecture}: specialised warps")]
-    return [
+    tiles = _decode_tiles(*shape, _SHOWN_GROUP, _SHOWN_KV_HEADS, has_ring=False)
+    rows = [
         _portable_prefill(name, *shape),
-        *of_hopper,
-        _decode(name, *shape, _SHOWN_GROUP, _SHOWN_KV_HEADS),
+        Kernel(name, "decode", "Triton split-KV", f"{_BY_DECODE}; {architecture}: {tiles}"),
         _append(name),
     ]
+    if tuning.is_hopper(architecture):
+        tiles = _decode_tiles(*shape, _SHOWN_GROUP, _SHOWN_KV_HEADS, has_ring=True)
+        rows.insert(1, _hopper_prefill(name, f"the same {_BY_HOPPER}; {architecture}: specialised warps"))
+        rows.insert(3, Kernel(name, "decode", "Gluon for Hopper", f"16 bits, no softcap; {architecture}: {tiles}"))
+    return rows
 
 
 def gpu_kernels_of(
@@ -79,15 +82,10 @@ def gpu_kernels_of(
         return [_dense(name, layer)]
     if not has_triton:
         return [_none(name)]
-    head_dim, group = layer.head_dim, layer.num_query_heads // layer.num_kv_heads
-    fused = []
-    if is_fused:
-        tiles = _decode_tiles(architecture, dtype, head_dim, group, layer.num_kv_heads)
-        reason = f"rotates, appends and attends: one token a row, static cache; {architecture}: {tiles}"
-        fused = [Kernel(name, "decode", "Triton fused decode", reason)]
+    fused = [_decode(name, architecture, dtype, layer, is_fused=True)] if is_fused else []
     return [
         _prefill(name, architecture, dtype, layer),
-        _decode(name, architecture, dtype, head_dim, group, layer.num_kv_heads),
+        _decode(name, architecture, dtype, layer, is_fused=False),
         *fused,
         _append(name),
     ]
@@ -110,8 +108,10 @@ def cpu_kernels_of(layer: AttentionLayer) -> list[Kernel]:
     return [Kernel("cpu", "prefill, decode", kernel, reason), Kernel("cpu", "append", "torch copies", _BY_APPEND)]
 
 
-def describe_tiles(tiles: Tiles) -> str:
-    """A kernel's tiles in words: query rows by KV slots, warps a program, loads in flight."""
+def describe_tiles(tiles: Tiles | RingTiles) -> str:
+    """A kernel's tiles in words: query rows by KV slots, warps a program, loads in flight or tiles held."""
+    if isinstance(tiles, RingTiles):
+        return f"{tiles.block_m}x{tiles.block_n} tiles, {tiles.num_warps} warps, ring of {tiles.num_slots}"
     return f"{tiles.block_m}x{tiles.block_n} tiles, {tiles.num_warps} warps, {tiles.num_stages} stages"
 
 
@@ -156,18 +156,43 @@ def _hopper_prefill(name: str, reason: str) -> Kernel:
     return Kernel(name, "prefill", "Gluon for Hopper", reason)
 
 
-def _decode(name: str, architecture: str, dtype: torch.dtype, head_dim: int, group: int, num_kv_heads: int) -> Kernel:
-    tiles = _decode_tiles(architecture, dtype, head_dim, group, num_kv_heads)
-    return Kernel(name, "decode", "Triton split-KV", f"{_BY_DECODE}; {architecture}: {tiles}")
+def _decode(name: str, architecture: str, dtype: torch.dtype, layer: AttentionLayer, *, is_fused: bool) -> Kernel:
+    """The one that is chosen for one token."""
+    group = layer.num_query_heads // layer.num_kv_heads
+    has_ring = _has_ring(architecture, dtype, layer, num_rows=group)
+    shape = (architecture, dtype, layer.head_dim, group, layer.num_kv_heads)
+    tiles = _decode_tiles(*shape, has_ring=has_ring)
+    if is_fused:
+        reason = f"rotates, appends and attends: one token a row, static cache; {architecture}: {tiles}"
+        return Kernel(name, "decode", f"{'Gluon' if has_ring else 'Triton'} fused decode", reason)
+    if not has_ring:
+        return Kernel(name, "decode", "Triton split-KV", f"{_BY_DECODE}; {architecture}: {tiles}")
+    num_tokens = min(MAX_DECODE_TOKENS, decode_tuning.max_ring_rows(layer.head_dim) // group)
+    further = f"; to {MAX_DECODE_TOKENS}: Triton split-KV" if num_tokens < MAX_DECODE_TOKENS else ""
+    tokens = f"up to {num_tokens} query tokens" if num_tokens > 1 else "one query token"
+    return Kernel(name, "decode", "Gluon for Hopper", f"{tokens}; {architecture}: {tiles}{further}")
 
 
-def _decode_tiles(architecture: str, dtype: torch.dtype, head_dim: int, group: int, num_kv_heads: int) -> str:
-    plan = tuning.plan_decode(
+def _has_ring(architecture: str, dtype: torch.dtype, layer: AttentionLayer, num_rows: int) -> bool:
+    # Imported here alone, since it needs Triton.
+    from csrc_free_kernels.shares import has_ring
+
+    head_dim = layer.head_dim
+    return tuning.is_hopper(architecture) and has_ring(
+        dtype, head_dim, head_dim, num_rows=num_rows, scale=layer.scale, softcap=layer.softcap
+    )
+
+
+def _decode_tiles(
+    architecture: str, dtype: torch.dtype, head_dim: int, group: int, num_kv_heads: int, *, has_ring: bool
+) -> str:
+    plan = decode_tuning.plan_decode(
         *(architecture, dtype, head_dim),
         num_rows=group,
         num_heads=num_kv_heads,
         kv_len=_SHOWN_SLOTS,
         num_multiprocessors=_SHOWN_MULTIPROCESSORS,
+        has_ring=has_ring,
     )
     return describe_tiles(plan.tiles)
 

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from csrc_free_kernels import tuning
+from csrc_free_kernels.decode_tuning import RingTiles
 from csrc_free_kernels.tuning import HopperTiles
 from flashcore_ops.commands import check
 from flashcore_ops.commands.check import CheckRequest, Target, group_layers, make_report
@@ -113,7 +114,7 @@ Attention
 Kernels
   cuda:0,2  prefill  Gluon for Hopper  over 16 query tokens; sm_90: specialised warps; packed
                                        sequences: Triton tiled
-  cuda:0,2  decode   Triton split-KV   up to 16 query tokens; sm_90: 16x128 tiles, 4 warps, 5 stages
+  cuda:0,2  decode   Gluon for Hopper  up to 16 query tokens; sm_90: 16x64 tiles, 4 warps, ring of 5
   cuda:0,2  append   Triton append     new tokens into a static cache
   cuda:1    prefill  Triton tiled      over 16 query tokens; sm_80: 128x128 tiles, 8 warps, 2 stages
   cuda:1    decode   Triton split-KV   up to 16 query tokens; sm_80: 16x32 tiles, 4 warps, 4 stages
@@ -132,8 +133,8 @@ def test_every_family_is_served_as_its_layers_ask(family: str, tmp_path: Path) -
     assert dict(group.layers) == attention_layers(make_model(family))
     kernels = kernels_by_operation(tmp_path)
     assert kernels["prefill"] == ["Triton tiled" if family == "gemma2" else "Gluon for Hopper"]
-    fused = ["Triton fused decode"] if family in FUSED_FAMILIES else []
-    assert kernels["decode"] == ["Triton split-KV", *fused]
+    fused = ["Gluon fused decode"] if family in FUSED_FAMILIES else []
+    assert kernels["decode"] == ["Triton split-KV" if family == "gemma2" else "Gluon for Hopper", *fused]
     assert kernels["append"] == ["Triton append"]
     assert kernels_by_operation(tmp_path, dtype="float32")["prefill"] == ["Triton tiled"]
 
@@ -158,6 +159,31 @@ def test_the_prefill_kernel_is_the_one_that_is_launched(
     tiles = cuda._prefill_tiles(query, query, query, layer.scale, layer.softcap, None)
     assert (row.kernel == "Gluon for Hopper") == isinstance(tiles, HopperTiles)
     if not isinstance(tiles, HopperTiles):
+        assert describe_tiles(tiles) in row.reason
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize(
+    "family_settings",
+    [{}, {"head_dim": 80}, {"head_dim": 72}, {"model_type": "gemma2"}, {"num_attention_heads": 64, "head_dim": 64}],
+    ids=["plain", "head dim 80", "head dim 72", "softcap", "64 rows a KV head"],
+)
+def test_the_decode_kernel_is_the_one_that_is_launched(
+    dtype: str, arch: str, family_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_llama(tmp_path, **{"num_key_value_heads": 1, **family_settings})
+    (group,) = make_report(CheckRequest(str(path), dtype=dtype, gpu=arch)).groups
+    monkeypatch.setattr(tuning, "architecture", lambda device: arch)
+    monkeypatch.setattr(tuning, "num_multiprocessors", lambda device: 132)
+    layer, _ = group.layers[0]
+    query = torch.zeros(1, layer.num_query_heads, 1, layer.head_dim, dtype=getattr(torch, dtype))
+    cache = torch.zeros(1, layer.num_kv_heads, 8192, layer.head_dim, dtype=query.dtype)
+    tiles = cuda._plan_decode(query, cache, cache, layer.scale, layer.softcap, num_splits=0).tiles
+    rows = [row for row in group.kernels if (row.tensors_on, row.operation) == (arch, "decode")]
+    assert rows
+    for row in rows:
+        assert row.kernel.startswith("Gluon") == isinstance(tiles, RingTiles)
         assert describe_tiles(tiles) in row.reason
 
 

@@ -17,6 +17,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from csrc_free_kernels import decode_tuning
+from csrc_free_kernels.decode_tuning import DecodePlan
 from csrc_free_kernels.launch import Launcher
 
 TARGETS = {
@@ -38,6 +40,24 @@ class CompiledKernel:
     shared_bytes: int
     stack_bytes: int
     spilled_registers: int
+
+
+def decode_plans(
+    arch: str, dtype: torch.dtype, head_dim: int, num_rows: int, *, has_ring: bool = False
+) -> list[DecodePlan]:
+    """Plans of short and long shares for one sequence, and of some and of many sequences, which are not split."""
+    plans = [
+        decode_tuning.plan_decode(
+            *(arch, dtype, head_dim),
+            num_rows=num_rows,
+            num_heads=num_heads,
+            kv_len=kv_len,
+            num_multiprocessors=132,
+            has_ring=has_ring,
+        )
+        for num_heads, kv_len in ((8, 4096), (8, 32768), (256, 512), (1024, 8192))
+    ]
+    return list(dict.fromkeys(plans))
 
 
 @contextmanager

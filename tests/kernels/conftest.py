@@ -32,7 +32,7 @@ LAUNCHING = [
 ]
 
 # Gluon, which the interpreter does not run.
-LAUNCHING_ON_HOPPER = ["test_prefill_hopper.py"]
+LAUNCHING_ON_HOPPER = ["test_decode_hopper.py", "test_prefill_hopper.py", "test_rope_decode_hopper.py"]
 
 if IS_INTERPRETED:
     collect_ignore = ["test_ahead_of_time.py", "test_interpreter.py", "test_launch.py", *LAUNCHING_ON_HOPPER]

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from csrc_free_kernels import decode, linear, prefill, tuning
+from csrc_free_kernels.decode_tuning import DecodePlan, RingTiles
 from csrc_free_kernels.linear_tuning import LinearTiles, linear_tiles
-from csrc_free_kernels.tuning import DecodePlan, HopperTiles, Tiles
+from csrc_free_kernels.tuning import HopperTiles, Tiles
 from tests.kernels.conftest import IS_INTERPRETED
 from tests.linear_problems import LinearProblem, assert_linear_as_accurate_as_pytorch
 from tests.problems import Problem, assert_as_accurate_as_pytorch
@@ -26,7 +27,7 @@ def check_prefill(problem: Problem, tiles: Tiles | HopperTiles, kv_heads_at_a_ti
     assert_as_accurate_as_pytorch(output, lse, problem)
 
 
-def check_decode(problem: Problem, tiles: Tiles, num_splits: int) -> None:
+def check_decode(problem: Problem, tiles: Tiles | RingTiles, num_splits: int) -> None:
     output, lse = poisoned_outputs(problem)
     decode.decode_attention(
         problem.query,
@@ -39,6 +40,12 @@ def check_decode(problem: Problem, tiles: Tiles, num_splits: int) -> None:
         is_dependent=is_dependent(problem.query.device),
     )
     assert_as_accurate_as_pytorch(output, lse, problem)
+
+
+def ring_tiles(num_rows: int, block_n: int, num_slots: int) -> RingTiles:
+    """Tiles of Hopper's split-KV kernels for so many packed rows."""
+    held_rows = max(4, tuning.next_power_of_2(num_rows))
+    return RingTiles(max(16, held_rows), held_rows, block_n, num_warps=4, num_slots=num_slots)
 
 
 def check_linear(problem: LinearProblem, tiles: LinearTiles | None = None) -> None:

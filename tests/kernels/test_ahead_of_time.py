@@ -10,9 +10,19 @@ import torch
 
 pytest.importorskip("triton")
 
-from csrc_free_kernels import argmax, decode, kv_append, linear, linear_tuning, prefill, rope_decode, step_input, tuning
-from csrc_free_kernels.tuning import DecodePlan
-from tests.kernels.ahead_of_time import TARGETS, CompiledKernel, check_limits, compiled_for
+from csrc_free_kernels import (
+    argmax,
+    decode,
+    decode_tuning,
+    kv_append,
+    linear,
+    linear_tuning,
+    prefill,
+    rope_decode,
+    step_input,
+    tuning,
+)
+from tests.kernels.ahead_of_time import TARGETS, CompiledKernel, check_limits, compiled_for, decode_plans
 
 HALF, FLOAT = torch.float16, torch.float32
 
@@ -40,29 +50,15 @@ def compile_attention(
         "softcap": softcap,
     }
     with compiled_for(arch) as compiled:
-        if query_len > tuning.MAX_DECODE_TOKENS or cu_seqlens is not None:
+        if query_len > decode_tuning.MAX_DECODE_TOKENS or cu_seqlens is not None:
             tiles = tuning.prefill_tiles(arch, dtype, head_dim)
             order = {"tiles": tiles, "section_heads": 4}
             prefill.prefill_attention(query, key, key, output, lse, **options, cu_seqlens=cu_seqlens, **order)
         else:
             is_dependent = tuning.supports_dependent_launch(arch)
-            for plan in plans(arch, dtype, head_dim, num_rows=4 * query_len):
+            for plan in decode_plans(arch, dtype, head_dim, num_rows=4 * query_len):
                 decode.decode_attention(query, key, key, output, lse, **options, plan=plan, is_dependent=is_dependent)
     return compiled
-
-
-def plans(arch: str, dtype: torch.dtype, head_dim: int, num_rows: int) -> list[DecodePlan]:
-    """Plans of short and long shares for one sequence, and of many sequences, which are not split."""
-    return [
-        tuning.plan_decode(
-            *(arch, dtype, head_dim),
-            num_rows=num_rows,
-            num_heads=num_heads,
-            kv_len=kv_len,
-            num_multiprocessors=132,
-        )
-        for num_heads, kv_len in ((8, 8192), (8, 32768), (1024, 8192))
-    ]
 
 
 def compile_rope(
@@ -72,7 +68,7 @@ def compile_rope(
     heads = torch.empty(1, 2 * group + 4, 1, head_dim, dtype=dtype).split([2 * group, 2, 2], dim=1)
     rotation, cache = torch.empty(1, 1, head_dim, dtype=dtype), torch.empty(1, 2, 512, head_dim, dtype=dtype)
     with compiled_for(arch) as compiled:
-        for plan in plans(arch, dtype, head_dim, num_rows=group):
+        for plan in decode_plans(arch, dtype, head_dim, num_rows=group):
             rope_decode.rope_append_attention(
                 *(*heads, rotation, rotation, cache, cache, torch.empty(1, 2 * group, 1, head_dim, dtype=dtype)),
                 kv_range=torch.zeros(1, 2, dtype=torch.int32),

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from csrc_free_kernels import rope_decode
-from csrc_free_kernels.tuning import DecodePlan, Tiles
+from csrc_free_kernels.decode_tuning import DecodePlan, RingTiles
+from csrc_free_kernels.tuning import Tiles
 from flashcore_ops import reference
 from tests.kernels.conftest import IS_INTERPRETED, KERNEL_DTYPES
 from tests.kernels.launches import is_dependent, poisoned_output
@@ -17,9 +18,9 @@ pytestmark = pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 TILES = Tiles(block_m=16, block_n=32, num_warps=4, num_stages=2)
 
 
-def check(problem: RopeProblem, num_splits: int) -> None:
+def check(problem: RopeProblem, num_splits: int, tiles: Tiles | RingTiles = TILES) -> None:
     after, output = problem.with_own_caches(), poisoned_output(problem.query, problem.value)
-    launch(after, output, num_splits)
+    launch(after, output, num_splits, tiles)
     assert_output_as_accurate_as_pytorch(output, problem)
     # A GPU rotates with fused multiply-adds, the interpreter without.
     assert_appended(problem, after, key=rotated_in_the_interpreter(problem) if IS_INTERPRETED else None)
@@ -33,7 +34,7 @@ def rotated_in_the_interpreter(problem: RopeProblem) -> torch.Tensor:
     return wide.to(problem.key.dtype)
 
 
-def launch(problem: RopeProblem, output: torch.Tensor, num_splits: int) -> None:
+def launch(problem: RopeProblem, output: torch.Tensor, num_splits: int, tiles: Tiles | RingTiles = TILES) -> None:
     rope_decode.rope_append_attention(
         *(problem.query, problem.key, problem.value, problem.cos, problem.sin),
         *(problem.key_cache, problem.value_cache, output),
@@ -43,7 +44,7 @@ def launch(problem: RopeProblem, output: torch.Tensor, num_splits: int) -> None:
         window=problem.window,
         softcap=problem.softcap,
         next_weight=None,
-        plan=DecodePlan(TILES, num_splits),
+        plan=DecodePlan(tiles, num_splits),
         is_dependent=is_dependent(problem.query.device),
     )
 

@@ -1,0 +1,100 @@
+"""What Hopper's split-KV kernels compile to: within the chip's limits, and nothing but prefetches before the wait."""
+
+from __future__ import annotations
+
+import itertools
+import re
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from csrc_free_kernels import decode, decode_tuning, rope_decode
+from tests.kernels.ahead_of_time import CompiledKernel, check_limits, compiled_for, decode_plans
+
+DTYPES = [torch.float16, torch.bfloat16]
+HEAD_DIMS = [16, 64, 80, 96, 128, 192, 256]
+MEMORY_ACCESS = re.compile(r"\b(?:ld|st|cp\.async)\S*\.global\S*|\bld\.volatile\S*")
+
+
+def compile_attention(
+    dtype: torch.dtype, head_dim: int, query_len: int = 1, group: int = 4, window: int = 0, has_range: bool = True
+) -> list[CompiledKernel]:
+    """Attention of 2 KV heads."""
+    query = torch.empty(1, query_len, 2 * group, head_dim, dtype=dtype).transpose(1, 2)
+    key = torch.empty(1, 2, 512, head_dim, dtype=dtype)
+    with compiled_for("sm_90") as compiled:
+        for plan in decode_plans("sm_90", dtype, head_dim, num_rows=group * query_len, has_ring=True):
+            decode.decode_attention(
+                *(query, key, key, torch.empty_like(query), torch.empty(1, 2 * group, query_len)),
+                kv_range=torch.zeros(1, 2, dtype=torch.int32) if has_range else None,
+                sinks=torch.empty(2 * group),
+                scale=0.1,
+                is_causal=True,
+                window=window,
+                softcap=0.0,
+                plan=plan,
+                is_dependent=True,
+            )
+    return compiled
+
+
+def compile_rope(dtype: torch.dtype, head_dim: int, group: int = 4, window: int = 0) -> list[CompiledKernel]:
+    """The fused decode of 2 KV heads, query to value in one buffer."""
+    heads = torch.empty(1, 2 * group + 4, 1, head_dim, dtype=dtype).split([2 * group, 2, 2], dim=1)
+    rotation, cache = torch.empty(1, 1, head_dim, dtype=dtype), torch.empty(1, 2, 512, head_dim, dtype=dtype)
+    with compiled_for("sm_90") as compiled:
+        for plan in decode_plans("sm_90", dtype, head_dim, num_rows=group, has_ring=True):
+            rope_decode.rope_append_attention(
+                *(*heads, rotation, rotation, cache, cache, torch.empty(1, 2 * group, 1, head_dim, dtype=dtype)),
+                kv_range=torch.zeros(1, 2, dtype=torch.int32),
+                sinks=torch.empty(2 * group),
+                scale=0.1,
+                window=window,
+                softcap=0.0,
+                next_weight=torch.empty(4096, 4096, dtype=dtype),
+                plan=plan,
+                is_dependent=True,
+            )
+    return compiled
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+def test_one_token(head_dim: int) -> None:
+    compiled = compile_attention(torch.bfloat16, head_dim) + compile_rope(torch.bfloat16, head_dim)
+    check_limits("sm_90", torch.bfloat16, compiled)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_as_many_rows_as_registers_hold(head_dim: int) -> None:
+    query_len = decode_tuning.max_ring_rows(head_dim) // 4
+    check_limits("sm_90", torch.bfloat16, compile_attention(torch.bfloat16, head_dim, query_len, window=9))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_full_product(dtype: torch.dtype, head_dim: int) -> None:
+    most = decode_tuning.max_ring_rows(head_dim)
+    for (query_len, group), window, has_range in itertools.product(
+        ((1, 1), (1, 8), (2, 8), (1, most), (16, 1), (most // 8, 7)), (0, 9), (True, False)
+    ):
+        check_limits("sm_90", dtype, compile_attention(dtype, head_dim, query_len, group, window, has_range))
+    for group, window in itertools.product((1, 7, 16, most), (0, 9)):
+        check_limits("sm_90", dtype, compile_rope(dtype, head_dim, group, window))
+
+
+def test_kernels_wait_before_they_touch_memory() -> None:
+    kernels = compile_attention(torch.bfloat16, 128) + compile_rope(torch.bfloat16, 128)
+    assert {kernel.name for kernel in kernels} == {"_decode_kernel", "_rope_decode_kernel", "_combine_kernel"}
+    for kernel in kernels:
+        before, waits, after = kernel.assembly.partition("griddepcontrol.wait")
+        assert waits, kernel.name
+        assert "griddepcontrol.launch_dependents" in kernel.assembly, kernel.name
+        # The first tiles' addresses come from two loads of the range, which is read again before they are used.
+        expected = 0 if kernel.name == "_combine_kernel" else 2
+        accesses = MEMORY_ACCESS.findall(before)
+        assert [access.startswith("ld.volatile") for access in accesses] == [True] * expected, kernel.name
+        loads_of_the_range = [access for access in MEMORY_ACCESS.findall(after) if access.startswith("ld.global")]
+        assert len(loads_of_the_range) >= expected, kernel.name
