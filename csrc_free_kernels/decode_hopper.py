@@ -156,6 +156,7 @@ def decode_attention(
         IS_SINGLE_TOKEN=query_len == 1,
         IS_SPLIT=partials is not None,
         num_warps=tiles.num_warps,
+        maxnreg=split_hopper.MAX_REGISTERS,
         launch_pdl=True,
     )
     if partials is not None:

@@ -62,7 +62,7 @@ _RINGS: dict[str, dict[int, tuple[int, int, int]]] = {
     "pairs": {64: (128, 4, 3), 128: (64, 4, 3), 256: (64, 4, 2)},
     "waves": {64: (128, 4, 3), 128: (128, 4, 2), 256: (64, 4, 2)},
 }
-# Packed rows that a thread's registers hold there, by padded head dim.
+# Packed rows that a thread's registers hold there, by padded head dim; half of them where masks take registers too.
 _MAX_RING_ROWS = {64: 32, 128: 32, 256: 16}
 # Query tokens up to which the split kernel serves; beyond, prefill has enough tiles of its own.
 MAX_DECODE_TOKENS = 16
@@ -158,10 +158,11 @@ def max_ring_rows(head_dim: int) -> int:
     """Packed rows that Hopper's split-KV kernels serve.
 
     Example:
-        >>> max_ring_rows(128)
-        32
+        >>> [max_ring_rows(head_dim) for head_dim in (96, 128)]
+        [16, 32]
     """
-    return _MAX_RING_ROWS[padded_head_dim(head_dim)]
+    padded = padded_head_dim(head_dim)
+    return _MAX_RING_ROWS[padded] // (1 if head_dim == padded else 2)
 
 
 def _plan_ring(

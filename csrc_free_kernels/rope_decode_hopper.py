@@ -208,6 +208,7 @@ def rope_append_attention(
         HAS_WINDOW=window > 0,
         IS_SPLIT=partials is not None,
         num_warps=tiles.num_warps,
+        maxnreg=split_hopper.MAX_REGISTERS,
         launch_pdl=True,
     )
     if partials is not None:

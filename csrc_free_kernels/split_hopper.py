@@ -13,6 +13,9 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from csrc_free_kernels import combine, dependent_launch
 from csrc_free_kernels.layouts import offsets
 
+# All there are: left to itself, ptxas spills for the sake of a third program, which shared memory has no room for.
+MAX_REGISTERS = 255
+
 
 @gluon.constexpr_function
 def output_layout(BLOCK_D, NUM_WARPS):
