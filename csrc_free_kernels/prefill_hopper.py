@@ -24,30 +24,26 @@ _PRODUCER_REGISTERS = gl.constexpr(40)
 
 
 @gluon.jit
-def _load_range(i_turn, sizes, p_range, stride_range, BLOCK_M: gl.constexpr):
-    """(start, end) of the tile that the program takes in a turn; of any, if there is none."""
+def _place(i_turn, sizes, p_range, stride_range, BLOCK_M: gl.constexpr):
+    """(batch, head, row tile, start, end) of what the program computes in a turn; of any tile, if that is none."""
     num_tiles, num_heads, section_heads, Hq, _, Q, S = sizes
-    start = 0
-    end = S
-    if p_range is not None:
-        i_tile = tile_order.tile_of_turn(i_turn, gl.program_id(0), gl.num_programs(0))
-        i_tile = gl.minimum(i_tile, num_tiles - 1)
-        i_head, _ = tile_order.head_and_row_tile(i_tile, num_heads, section_heads, gl.cdiv(Q, BLOCK_M))
-        start, end = masks.load_kv_range(p_range, stride_range, (i_head // Hq).to(gl.int64), S)
-    return start, end
+    i_tile = tile_order.tile_of_turn(i_turn, gl.program_id(0), gl.num_programs(0))
+    i_tile = gl.minimum(i_tile, num_tiles - 1)
+    i_head, i_m = tile_order.head_and_row_tile(i_tile, num_heads, section_heads, gl.cdiv(Q, BLOCK_M))
+    i_b = i_head // Hq
+    start, end = masks.load_kv_range(p_range, stride_range, i_b.to(gl.int64), S)
+    return i_b, i_head % Hq, i_m, start, end
 
 
 @gluon.jit
-def _tile(
-    i_tile, sizes, start, end, num_before,
+def _bounds(
+    i_m, start, end, Q, num_before,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, IS_CAUSAL: gl.constexpr, HAS_WINDOW: gl.constexpr,
 ):  # fmt: skip
-    """(batch, head, row tile, first row's column, low, high, KV tiles): some row sees the slots [low, high).
+    """(first row's column, low, high, KV tiles) of a row tile: some row sees the slots [low, high).
 
     A window hides all but num_before slots before a row's own.
     """
-    _, num_heads, section_heads, Hq, _, Q, _ = sizes
-    i_head, i_m = tile_order.head_and_row_tile(i_tile, num_heads, section_heads, gl.cdiv(Q, BLOCK_M))
     # Never below 1. So bounded, it is not summed with num_before once for all, which took a register too many.
     first_column = end - gl.maximum(Q - i_m * BLOCK_M, 1)
     low = start
@@ -58,8 +54,7 @@ def _tile(
         low = gl.maximum(start, first_column - num_before)
     high = gl.maximum(low, high)
     # One at least, so that neither side has to do without: it is masked as a whole.
-    num_kv_tiles = gl.maximum(gl.cdiv(high - low, BLOCK_N), 1)
-    return i_head // Hq, i_head % Hq, i_m, first_column, low, high, num_kv_tiles
+    return first_column, low, high, gl.maximum(gl.cdiv(high - low, BLOCK_N), 1)
 
 
 @gluon.jit
@@ -84,18 +79,15 @@ def _produce(
 ):  # fmt: skip
     """Fills the rings: each row tile's queries, then its tiles of keys and values from the last to the first."""
     queries, keys, values, q_full, q_empty, k_full, k_empty, v_full, v_empty = rings
-    num_tiles, _, _, _, G, _, _ = sizes
+    num_tiles, _, _, _, G, Q, _ = sizes
     NUM_QUERY_SLOTS: gl.constexpr = queries.shape[0] // 2
     NUM_SLOTS: gl.constexpr = keys.shape[0]
     BLOCK_D: gl.constexpr = keys.shape[4]
     i_kv = 0
     num_cleared = 0
     for i_turn in range(tile_order.num_turns(gl.program_id(0), gl.num_programs(0), num_tiles)):
-        i_tile = tile_order.tile_of_turn(i_turn, gl.program_id(0), gl.num_programs(0))
-        start, end = _load_range(i_turn, sizes, p_range, stride_range, BLOCK_M)
-        i_b, i_h, i_m, _, low, _, num_kv_tiles = _tile(
-            i_tile, sizes, start, end, num_before, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_WINDOW
-        )
+        i_b, i_h, i_m, start, end = _place(i_turn, sizes, p_range, stride_range, BLOCK_M)
+        _, low, _, num_kv_tiles = _bounds(i_m, start, end, Q, num_before, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_WINDOW)
         for i_half in gl.static_range(2):
             slot = i_turn % NUM_QUERY_SLOTS * 2 + i_half
             mbarrier.wait(q_empty.index(slot), (i_turn // NUM_QUERY_SLOTS & 1) ^ 1)
@@ -185,14 +177,11 @@ def _consume(
     output_row_layout: gl.constexpr = gl.SliceLayout(1, output_layout)
     b_zero = gl.zeros([ROWS, BLOCK_N], gl.float32, score_layout)
     i_kv = 0
-    start, end = _load_range(0, sizes, p_range, stride_range, BLOCK_M)
+    i_b, i_h, i_m, start, end = _place(0, sizes, p_range, stride_range, BLOCK_M)
     for i_turn in range(tile_order.num_turns(gl.program_id(0), gl.num_programs(0), num_tiles)):
-        i_tile = tile_order.tile_of_turn(i_turn, gl.program_id(0), gl.num_programs(0))
-        i_b, i_h, i_m, first_column, low, high, num_kv_tiles = _tile(
-            i_tile, sizes, start, end, num_before, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_WINDOW
+        first_column, low, high, num_kv_tiles = _bounds(
+            i_m, start, end, Q, num_before, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_WINDOW
         )
-        # On its way while this tile is computed.
-        start, end = _load_range(i_turn + 1, sizes, p_range, stride_range, BLOCK_M)
         first_column += I_HALF * ROWS
         # Every row sees the slots below this, and with a window those from the last row's first on.
         full_high = high
@@ -240,6 +229,8 @@ def _consume(
         slot = i_kv % NUM_SLOTS
         mbarrier.wait(v_full.index(slot), i_kv // NUM_SLOTS & 1)
         b_o = _start_output(b_w, values, slot, b_o)
+        # In the shadow of the product: divisions, and a load that has until the next turn.
+        next_b, next_h, next_m, start, end = _place(i_turn + 1, sizes, p_range, stride_range, BLOCK_M)
         b_o = hopper.warpgroup_mma_wait(0, deps=[b_o])
         mbarrier.arrive(v_empty.index(slot), count=1)
         i_kv += 1
@@ -265,6 +256,9 @@ def _consume(
             gl.store(p_row, b_ref + gl.log(b_total), mask=o_row < Q)
         tma.store_wait(0)
         mbarrier.arrive(q_empty.index(q_slot), count=1)
+        i_b = next_b
+        i_h = next_h
+        i_m = next_m
 
 
 @gluon.jit

@@ -77,11 +77,10 @@ def test_as_many_rows_as_registers_hold(head_dim: int) -> None:
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_full_product(dtype: torch.dtype, head_dim: int) -> None:
     most = decode_tuning.max_ring_rows(head_dim)
-    for (query_len, group), window, has_range in itertools.product(
-        ((1, 1), (1, 8), (2, 8), (1, most), (16, 1), (most // 8, 7)), (0, 9), (True, False)
-    ):
+    shapes = {(1, 1), (1, 8), (2, most // 2), (1, most), (most // 2, 2), (most // 7, 7)}
+    for (query_len, group), window, has_range in itertools.product(sorted(shapes), (0, 9), (True, False)):
         check_limits("sm_90", dtype, compile_attention(dtype, head_dim, query_len, group, window, has_range))
-    for group, window in itertools.product((1, 7, 16, most), (0, 9)):
+    for group, window in itertools.product((1, 7, most), (0, 9)):
         check_limits("sm_90", dtype, compile_rope(dtype, head_dim, group, window))
 
 
