@@ -62,8 +62,9 @@ _RINGS: dict[str, dict[int, tuple[int, int, int]]] = {
     "pairs": {64: (128, 4, 3), 128: (64, 4, 3), 256: (64, 4, 2)},
     "waves": {64: (128, 4, 3), 128: (128, 4, 2), 256: (64, 4, 2)},
 }
-# Packed rows that a thread's registers hold there, by padded head dim; half of them where masks take registers too.
+# Packed rows that a thread's registers hold there, by padded head dim, and where columns are masked.
 _MAX_RING_ROWS = {64: 32, 128: 32, 256: 16}
+_MAX_MASKED_RING_ROWS = {64: 32, 128: 16, 256: 8}
 # Query tokens up to which the split kernel serves; beyond, prefill has enough tiles of its own.
 MAX_DECODE_TOKENS = 16
 # A share that is worth a program, and the least that a caller may ask for.
@@ -162,7 +163,7 @@ def max_ring_rows(head_dim: int) -> int:
         [16, 32]
     """
     padded = padded_head_dim(head_dim)
-    return _MAX_RING_ROWS[padded] // (1 if head_dim == padded else 2)
+    return (_MAX_RING_ROWS if head_dim == padded else _MAX_MASKED_RING_ROWS)[padded]
 
 
 def _plan_ring(

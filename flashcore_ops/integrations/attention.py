@@ -7,12 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flashcore_ops.errors import MaskError, OptionError, UnsupportedModelError
+from flashcore_ops.errors import OptionError
+from flashcore_ops.integrations.call_checks import check_mask, check_options
 from flashcore_ops.integrations.dense import dense_attention
 from flashcore_ops.integrations.packing import drop_flag, packed_attention, sequence_bounds
-
-# Fused layers serve none of them; `fcore_attention` has the first two as arguments of its own.
-_UNSERVED_FEATURES = ("softcap", "s_aux", "position_bias")
 
 
 def fcore_attention(
@@ -65,9 +63,9 @@ def fcore_attention(
         ((1, 3, 4, 16), None)
     """
     check_options(dropout, kwargs)
-    if attention_mask is not None and not isinstance(attention_mask, Tensor):
-        raise _mask_error(f"a {type(attention_mask).__name__}")
-    bounds = sequence_bounds(query, key, attention_mask, kwargs)
+    batch, num_heads, query_len, _ = query.shape
+    check_mask(attention_mask, (batch, num_heads, query_len, key.shape[2]), query.dtype, kwargs)
+    bounds = sequence_bounds(attention_mask, kwargs)
     if attention_mask is not None and attention_mask.dtype != torch.int32:
         return dense_attention(
             *(module, query, key, value, attention_mask), scaling=scaling, softcap=softcap, sinks=s_aux
@@ -83,43 +81,6 @@ def fcore_attention(
     if bounds is not None:
         return packed_attention(query, key, value, bounds, *options).transpose(1, 2), None
     attention_mask = drop_flag(attention_mask)
-    if attention_mask is not None and attention_mask.shape != (query.shape[0], 1, 1, 2):
-        raise _mask_error(f"int32 {list(attention_mask.shape)}")
     kv_range = None if attention_mask is None else attention_mask[:, 0, 0]
     output = torch.ops.flashcore.attention(query, key, value, kv_range, *options)
     return output.transpose(1, 2), None
-
-
-def check_options(dropout: float, kwargs: dict[str, Any]) -> None:
-    """Raises a typed error for what no attention of ours serves."""
-    if dropout > 0:
-        raise OptionError.explain(
-            "attention_dropout",
-            expected="0, since FlashCore is for inference",
-            got=f"{dropout} in training mode",
-            fix="Call model.eval(), or set config.attention_dropout to 0.",
-        )
-    if kwargs.get("output_attentions"):
-        raise OptionError.explain(
-            "output_attentions",
-            expected="False, since no attention weights are kept",
-            got="True",
-            fix='Call restore_attention(model) and model.set_attn_implementation("eager").',
-        )
-    for name in _UNSERVED_FEATURES:
-        if kwargs.get(name) is not None:
-            raise UnsupportedModelError.explain(
-                name,
-                expected="None",
-                got="a layer that uses it",
-                fix="Patch only models that patch_model accepts.",
-            )
-
-
-def _mask_error(got: str) -> MaskError:
-    return MaskError.explain(
-        "attention_mask",
-        expected="a 2-D padding mask, a 4-D mask of bool or float, or int32 [B, 1, 1, 2] of (start, end)",
-        got=got,
-        fix="Pass what the tokenizer returns.",
-    )

@@ -29,8 +29,8 @@ from transformers.models.mistral.modeling_mistral import (
 )
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer, Qwen2MLP, Qwen2RMSNorm
 
-from flashcore_ops.integrations.attention import check_options
 from flashcore_ops.integrations.attention_layers import window_of
+from flashcore_ops.integrations.call_checks import check_early, check_options
 from flashcore_ops.integrations.static_cache import SharedLengthLayer
 from flashcore_ops.integrations.transformers import ATTENTION_NAME, register_fcore
 from flashcore_ops.linear_checks import supports_linear
@@ -278,7 +278,9 @@ def is_bypassable(module: Any, *types: type[nn.Module]) -> bool:
 def is_hooked(module: nn.Module) -> bool:
     """Whether someone has put something of their own around one module's call."""
     own = module.__dict__
-    if own["_forward_pre_hooks"] or "forward" in own or own.get("_compiled_call_impl") is not None:
+    if "forward" in own or own.get("_compiled_call_impl") is not None:
+        return True
+    if any(hook is not check_early for hook in own["_forward_pre_hooks"].values()):
         return True
     if _global_forward_hooks or _global_forward_pre_hooks:
         return True

@@ -61,22 +61,17 @@ def dense_attention(
         query: `[B, Hq, Q, D]`.
         key, value: `[B, Hkv, S, D]`. Slots that no row may see can hold NaN.
         attention_mask: broadcastable to `[B, Hq, Q, S]`; uint8 made by `create_dense_mask`, or a user's own:
-            bool (True may be seen) or of query's dtype (added to the scores).
+            bool (True may be seen) or of query's dtype (added to the scores). `check_dense_mask` has accepted it.
         scaling: factor on the scores, None for `D ** -0.5`.
         softcap: bound of the scores before the mask, None for none.
         sinks: `[Hq]`, a score of each head that joins the denominator only, None for none.
 
     Returns:
         `[B, Q, Hq, D]` and None.
-
-    Raises:
-        MaskError: attention_mask has another dtype or shape.
     """
-    _check_shape(attention_mask, query, key)
     if attention_mask.dtype == torch.uint8:
         attention_mask = attention_mask.bool()
     else:
-        _check_dtype(attention_mask, query)
         warn_dense_path("a 4-D attention mask was passed")
     key, value = _clear_unseen(attention_mask, key, value)
     if not softcap and sinks is None:
@@ -120,18 +115,22 @@ def _clear_unseen(attention_mask: Tensor, key: Tensor, value: Tensor) -> tuple[T
     return torch.where(is_seen, key, 0), torch.where(is_seen, value, 0)
 
 
-def _check_dtype(attention_mask: Tensor, query: Tensor) -> None:
-    if attention_mask.dtype not in (torch.bool, query.dtype):
+def check_dense_mask(attention_mask: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
+    """Raises MaskError for a mask that `dense_attention` does not take.
+
+    Args:
+        attention_mask: of any dtype and shape.
+        shape: `[B, Hq, Q, S]` of the scores.
+        dtype: of the queries, None if that is not known yet.
+    """
+    is_ours = attention_mask.dtype == torch.uint8
+    if not is_ours and dtype is not None and attention_mask.dtype not in (torch.bool, dtype):
         raise MaskError.explain(
             "attention_mask",
-            expected=f"a 4-D mask of dtype bool, or {query.dtype} to add to the scores",
+            expected=f"a 4-D mask of dtype bool, or {dtype} to add to the scores",
             got=f"{attention_mask.dtype}",
             fix="Cast it with .to(dtype).",
         )
-
-
-def _check_shape(attention_mask: Tensor, query: Tensor, key: Tensor) -> None:
-    shape = (*query.shape[:3], key.shape[2])
     sizes = zip(attention_mask.shape, shape, strict=False)
     if attention_mask.dim() != 4 or any(size not in (1, full) for size, full in sizes):
         raise MaskError.explain(

@@ -73,44 +73,42 @@ def single_sequences(is_single: Tensor) -> Tensor:
     return is_single.to(torch.int32)[None, None, None, None]
 
 
-def sequence_bounds(query: Tensor, key: Tensor, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
-    """The bounds `[N + 1]` of the packed sequences that a layer's arguments tell of, or None.
-
-    Raises:
-        MaskError: cu_seq_lens_q is malformed, or beside an attention mask, past tokens or another cu_seq_lens_k.
-    """
-    bounds = kwargs.get("cu_seq_lens_q")
-    if bounds is not None:
-        _check_bounds(bounds, query, key, attention_mask, kwargs.get("cu_seq_lens_k"))
-    elif attention_mask is not None and _has_bounds(attention_mask):
+def sequence_bounds(attention_mask: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
+    """The bounds `[N + 1]` of the packed sequences that a layer's arguments tell of, or None."""
+    bounds: Tensor | None = kwargs.get("cu_seq_lens_q")
+    if bounds is None and attention_mask is not None and is_sequence_bounds(attention_mask):
         bounds = attention_mask[0, 0, 0]
     return bounds
 
 
 def drop_flag(attention_mask: Tensor | None) -> Tensor | None:
     """The mask of rows that are not packed: the flag of a traced call is checked on the device, and gone."""
-    if attention_mask is None or not _is_flag(attention_mask):
+    if attention_mask is None or not is_flag(attention_mask):
         return attention_mask
     torch._assert_async(attention_mask[0, 0, 0, 0] == 1, f"flashcore: {_RESTARTS}")
     return None
 
 
-def _has_bounds(attention_mask: Tensor) -> bool:
+def is_sequence_bounds(attention_mask: Tensor) -> bool:
+    """Whether a mask is what `packed_bounds` returns."""
     is_ours = attention_mask.dtype == torch.int32 and attention_mask.shape[:3] == (1, 1, 1)
     return is_ours and attention_mask.shape[3] > 2
 
 
-def _is_flag(attention_mask: Tensor) -> bool:
+def is_flag(attention_mask: Tensor) -> bool:
+    """Whether a mask is what `single_sequences` returns."""
     return attention_mask.dtype == torch.int32 and attention_mask.shape == (1, 1, 1, 1)
 
 
-def _check_bounds(bounds: Any, query: Tensor, key: Tensor, attention_mask: Tensor | None, key_bounds: Any) -> None:
+def check_sequence_bounds(bounds: Any, key_bounds: Any, attention_mask: Tensor | None, *, has_past: bool) -> None:
+    """Raises MaskError if cu_seq_lens_q is malformed, or beside an attention mask, past tokens or another
+    cu_seq_lens_k."""
     got = None
     if not isinstance(bounds, Tensor) or bounds.dim() != 1 or bounds.dtype != torch.int32:
         got = f"{bounds.dtype} {list(bounds.shape)}" if isinstance(bounds, Tensor) else f"a {type(bounds).__name__}"
-    elif attention_mask is not None and not (_has_bounds(attention_mask) or _is_flag(attention_mask)):
+    elif attention_mask is not None and not (is_sequence_bounds(attention_mask) or is_flag(attention_mask)):
         got = "an attention_mask beside it"
-    elif query.shape[2] != key.shape[2]:
+    elif has_past:
         got = "past tokens beside it"
     elif key_bounds is not None and key_bounds.shape != bounds.shape:
         got = f"another cu_seq_lens_k {list(key_bounds.shape)} beside it"

@@ -44,6 +44,7 @@ def patch_model(model: Model) -> Model:
         >>> is_patched(patch_model(model))
         True
     """
+    from flashcore_ops.integrations.call_checks import guard_caches
     from flashcore_ops.integrations.decoder_layer import fuse_modules
     from flashcore_ops.integrations.generate import keep_generation
     from flashcore_ops.integrations.model_checks import check_model
@@ -64,6 +65,7 @@ def patch_model(model: Model) -> Model:
         module.config = config
         config._attn_implementation = ATTENTION_NAME
     fuse_modules(model)
+    guard_caches(model)
     keep_generation(model)
     return model
 
@@ -95,6 +97,7 @@ def restore_attention(model: Model) -> Model:
         >>> restore_attention(model).config is config
         True
     """
+    from flashcore_ops.integrations.call_checks import unguard_caches
     from flashcore_ops.integrations.decoder_layer import unfuse_modules
     from flashcore_ops.integrations.generate import unkeep_generation
 
@@ -114,6 +117,7 @@ def restore_attention(model: Model) -> Model:
         module.config = originals.get(id(config), config)
     for module in patched:
         delattr(module, _ORIGINAL_CONFIG)
+    unguard_caches(model)
     unfuse_modules(model)
     return model
 
