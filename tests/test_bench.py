@@ -7,8 +7,10 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from importlib import import_module
+from itertools import pairwise, permutations
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from bench import case_groups
 from bench.accuracy import make_target, max_abs_error
 from bench.case_groups import GROUPS, QUICK
 from bench.cases import Case
-from bench.harness import calls_per_graph, num_input_sets, time_interleaved
+from bench.harness import calls_per_graph, num_input_sets, take_turns, time_interleaved
 from bench.results import Row, Skip, make_meta, write_results
 from flashcore_ops import reference
 from tests.bench_cases import CEILINGS, CHUNK, DECODE, PREFILL, SORTS, generator
@@ -222,3 +224,14 @@ def test_timing_is_in_proportion():
 
     # Other processes may share the GPU.
     assert any(ratio() == pytest.approx(3, rel=0.1) for _ in range(20))
+
+
+@pytest.mark.parametrize("size", range(2, 12))
+def test_every_implementation_runs_behind_each_of_the_others_equally_often(size: int) -> None:
+    names = [str(number) for number in range(size)]
+    turns = list(take_turns(names, repeats=2 * size))
+    rounds = [turns[first : first + size] for first in range(0, len(turns), size)]
+    assert all(sorted(round_) == sorted(names) for round_ in rounds)
+    neighbours = Counter(pair for round_ in rounds for pair in pairwise(round_))
+    assert set(neighbours) == set(permutations(names, 2))
+    assert set(neighbours.values()) == {2}
