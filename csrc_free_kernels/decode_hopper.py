@@ -48,7 +48,7 @@ def _decode_kernel(
     m_q = (o_row < G * Q) & (offsets(2, BLOCK_D, copy) < D)
 
     step = num_splits * BLOCK_N
-    start, end = masks.load_kv_range(p_range, stride_range, i_b, S, IS_HINT=True)
+    start, end = split_hopper.load_range_hint(p_range, stride_range, i_b, S)
     low, high = masks.visible_bounds(start, end, end - Q, end - 1, window, IS_CAUSAL, HAS_WINDOW)
     first = low + i_split * BLOCK_N
     split_hopper.prefetch(ring, first, step, S, STRIDE_K, STRIDE_V, D, PREFETCHED_SLOTS)
@@ -63,13 +63,10 @@ def _decode_kernel(
     split_hopper.start_ring(ring, first, step, high, STRIDE_K, STRIDE_V, D)
     if p_range is not None:
         true_low, true_high = masks.visible_bounds(start, end, end - Q, end - 1, window, IS_CAUSAL, HAS_WINDOW)
-        if (low != true_low) | (high != true_high):
-            # The kernel ahead has changed the range.
-            low = true_low
-            high = true_high
-            first = low + i_split * BLOCK_N
-            async_copy.wait_group(0)
-            split_hopper.start_ring(ring, first, step, high, STRIDE_K, STRIDE_V, D)
+        true_first = true_low + i_split * BLOCK_N
+        split_hopper.restart_ring(ring, first, high, true_first, true_high, step, STRIDE_K, STRIDE_V, D)
+        first = true_first
+        high = true_high
     # The bounds of a single token are its whole mask.
     b_o, b_max, b_sum = split_hopper.attend(
         queries, ring, first, step, high, end - Q, G, window, to_log2, STRIDE_K, STRIDE_V, D,

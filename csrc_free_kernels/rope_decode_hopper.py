@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from csrc_free_kernels import combine, dependent_launch, masks, rope_decode, softmax, split_hopper
@@ -77,7 +76,7 @@ def _rope_decode_kernel(
     p_s = p_sin + i_b * stride_sin
 
     step = num_splits * BLOCK_N
-    start, end = masks.load_kv_range(p_range, stride_range, i_b, S, IS_HINT=True)
+    start, end = split_hopper.load_range_hint(p_range, stride_range, i_b, S)
     low, _ = masks.visible_bounds(start, end, end - 1, end - 1, window, False, HAS_WINDOW)
     high = gl.maximum(low, end - 1)
     first = low + i_split * BLOCK_N
@@ -88,12 +87,10 @@ def _rope_decode_kernel(
     # The cached slots [low, high) that the new token sees.
     true_low, _ = masks.visible_bounds(start, end, end - 1, end - 1, window, False, HAS_WINDOW)
     true_high = gl.maximum(true_low, end - 1)
-    if (low != true_low) | (high != true_high):
-        low = true_low
-        high = true_high
-        first = low + i_split * BLOCK_N
-        async_copy.wait_group(0)
-        split_hopper.start_ring(ring, first, step, high, STRIDE_K, STRIDE_V, D)
+    true_first = true_low + i_split * BLOCK_N
+    split_hopper.restart_ring(ring, first, high, true_first, true_high, step, STRIDE_K, STRIDE_V, D)
+    first = true_first
+    high = true_high
 
     b_q = _load_rotated(p_q, m_row, o_d, p_c, p_s, D)
     queries.slice(0, HELD_ROWS, dim=1).store(b_q)
@@ -115,16 +112,17 @@ def _rope_decode_kernel(
     gdc_launch_dependents()
     b_o, b_max, b_sum = split_hopper.add_warps(b_o, b_max, b_sum, to_log2, HELD_ROWS)
 
-    # Split 0 takes in the new token.
+    # Split 0 takes in the new token. Where it is not seen, its value may be NaN, and 0 * NaN is NaN.
     sees_new = is_first & (start < end)
+    b_seen_v = gl.where(sees_new, b_new_v.to(gl.float32), 0.0)
     b_new_s = gl.where(sees_new, b_new_s, float("-inf"))
     b_top = gl.maximum(b_max, b_new_s)
-    b_ref = gl.where(b_top == float("-inf"), 0.0, b_top)
+    b_ref = softmax.finite(b_top)
     b_decay = gl.exp2((b_max - b_ref) * to_log2)
     b_new_p = gl.exp2((b_new_s - b_ref) * to_log2)
     # Without a slot: a NaN denominator makes NaN of the output, through the combination too.
     b_sum = b_sum * b_decay + gl.where(has_slot, b_new_p, float("nan"))
-    b_o = b_o * b_decay[:, :, None] + b_new_p[:, :, None] * b_new_v.to(gl.float32)
+    b_o = b_o * b_decay[:, :, None] + b_new_p[:, :, None] * b_seen_v
 
     o_row = gl.arange(0, HELD_ROWS, layout=gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :]
     m_row = o_row < G

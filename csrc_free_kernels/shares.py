@@ -14,6 +14,7 @@ from csrc_free_kernels.prefill import is_computed_by_hopper
 
 # Copies are made of 16 bytes; the compiler sees no smaller common divisor of strides than 16 elements.
 _ALIGNMENT = 16
+# Of a slot, in elements: a tile's offsets, of up to 128 slots, are int32.
 _MAX_STRIDE = 2**24
 
 

@@ -134,13 +134,19 @@ def _chunked_dot(b_a, b_b):
 @triton.jit
 def finish(b_o, b_max, b_sum, b_sink, to_natural):
     """The normalised output and the natural log of the denominator, b_sink (-inf for none) included."""
+    b_scale, b_lse = output_scale(b_max, b_sum, b_sink, to_natural)
+    return b_o * b_scale[:, None], b_lse
+
+
+@triton.jit
+def output_scale(b_max, b_sum, b_sink, to_natural):
+    """What normalises each row of the output, and the natural log of its denominator."""
     b_max = b_max * to_natural
     b_all_max = tl.maximum(b_max, b_sink)
     b_ref = finite(b_all_max)
     b_decay = tl.exp(b_max - b_ref)
     b_total = b_sum * b_decay + tl.exp(b_sink - b_ref)
-    b_o = b_o * tl.div_rn(b_decay, tl.where(b_total == 0, 1.0, b_total))[:, None]
-    return b_o, b_ref + tl.log(b_total)
+    return tl.div_rn(b_decay, tl.where(b_total == 0, 1.0, b_total)), b_ref + tl.log(b_total)
 
 
 @triton.jit

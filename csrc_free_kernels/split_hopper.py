@@ -1,7 +1,8 @@
 """What the split-KV kernels in Gluon have in common: attention of a few rows over a program's share of a range.
 
 Its tiles pass through a ring in shared memory. Of each tile a warp has slots of its own, with a running maximum and
-sums of its own: nothing in the loop crosses warps. At the end their results are added up through shared memory.
+sums of its own: no data crosses warps in the loop, though all of them meet at its barriers. At the end their results
+are added up through shared memory.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-from csrc_free_kernels import combine, dependent_launch
+from csrc_free_kernels import combine, dependent_launch, masks, softmax
 from csrc_free_kernels.layouts import offsets
 
 # All there are: left to itself, ptxas spills for the sake of a third program, which shared memory has no room for.
@@ -45,6 +46,27 @@ def make_ring(p_key, p_value, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, NUM_
     values = gl.allocate_shared_memory(p_key.dtype.element_ty, shape, swizzled)
     o_n = offsets(0, W, copy) * (BLOCK_N // W) + offsets(1, BLOCK_N // W, copy)
     return keys, values, p_key, p_value, o_n, offsets(2, BLOCK_D, copy)
+
+
+@gluon.jit
+def load_range_hint(p_range, stride_range, i_b, S):
+    """(start, end) as `masks.load_kv_range` has them, while the kernel ahead may be changing them.
+
+    Every thread loads for itself, and two of them may find different numbers. What follows from these decides at which
+    barriers a warp stops, so all take what one has left in shared memory.
+    """
+    if p_range is None:
+        start, end = masks.load_kv_range(p_range, stride_range, i_b, S)
+    else:
+        layout: gl.constexpr = gl.BlockedLayout([2], [32], [gl.num_warps()], [0])
+        plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+        o_bound = gl.arange(0, 2, layout=layout)
+        b_range = gl.load(p_range + i_b * stride_range[0] + o_bound * stride_range[1], volatile=True)
+        b_range = gl.allocate_shared_memory(gl.int32, [2], plain, b_range).load(layout)
+        start, end = masks.clamp_range(
+            gl.sum(gl.where(o_bound == 0, b_range, 0), 0), gl.sum(gl.where(o_bound == 1, b_range, 0), 0), S
+        )
+    return start, end
 
 
 @gluon.jit
@@ -90,6 +112,17 @@ def start_ring(ring, first, step, high, STRIDE_K: gl.constexpr, STRIDE_V: gl.con
 
 
 @gluon.jit
+def restart_ring(
+    ring, first, high, true_first, true_high, step,
+    STRIDE_K: gl.constexpr, STRIDE_V: gl.constexpr, D: gl.constexpr,
+):  # fmt: skip
+    """Starts again what began from a hint, if the kernel ahead has changed the range since."""
+    if (first != true_first) | (high != true_high):
+        async_copy.wait_group(0)
+        start_ring(ring, true_first, step, true_high, STRIDE_K, STRIDE_V, D)
+
+
+@gluon.jit
 def attend(
     queries, ring, first, step, high, first_column, G, window, to_log2,
     STRIDE_K: gl.constexpr, STRIDE_V: gl.constexpr, D: gl.constexpr, IS_CAUSAL: gl.constexpr, HAS_WINDOW: gl.constexpr,
@@ -130,7 +163,7 @@ def attend(
         b_s = gl.where(m_s, b_s, float("-inf"))
         _copy_tile(keys, free, p_key, o_n, o_d, i_ahead, high, STRIDE_K, D)
         b_new_max = gl.maximum(b_max, gl.max(b_s, 2))
-        b_ref = gl.where(b_new_max == float("-inf"), 0.0, b_new_max)
+        b_ref = softmax.finite(b_new_max)
         b_p = gl.exp2((b_s - b_ref[:, :, None]) * to_log2)
         b_decay = gl.exp2((b_max - b_ref) * to_log2)
         b_sum = b_sum * b_decay + gl.sum(b_p, 2)
@@ -164,7 +197,7 @@ def add_warps(b_o, b_max, b_sum, to_log2, HELD_ROWS: gl.constexpr):
     b_top = gl.full([1, HELD_ROWS], float("-inf"), gl.float32, row_layout)
     for i in gl.static_range(W):
         b_top = gl.maximum(b_top, maxima.slice(i, 1).slice(0, HELD_ROWS, dim=1).load(row_layout))
-    b_ref = gl.where(b_top == float("-inf"), 0.0, b_top)
+    b_ref = softmax.finite(b_top)
     b_total = gl.zeros([1, HELD_ROWS], gl.float32, row_layout)
     b_all = gl.zeros([1, HELD_ROWS, BLOCK_D], gl.float32, layout)
     for i in gl.static_range(W):
@@ -189,13 +222,8 @@ def store_partial(p_partial, num_splits, num_rows, i_part, b_o, b_max, b_sum, m_
 @gluon.jit
 def finish(b_o, b_max, b_sum, p_sinks, o_head, m_row, to_natural):
     """The normalised output [1, HELD_ROWS, BLOCK_D], and the natural log of the denominator, sinks included."""
-    b_max = b_max * to_natural
     b_sink = gl.full(b_max.shape, float("-inf"), gl.float32, b_max.type.layout)
     if p_sinks is not None:
         b_sink = gl.load(p_sinks + o_head, mask=m_row, other=0.0).to(gl.float32)
-    b_ref = gl.maximum(b_max, b_sink)
-    b_ref = gl.where(b_ref == float("-inf"), 0.0, b_ref)
-    b_decay = gl.exp(b_max - b_ref)
-    b_total = b_sum * b_decay + gl.exp(b_sink - b_ref)
-    b_scale = b_decay / gl.where(b_total == 0.0, 1.0, b_total)
-    return b_o * b_scale[:, :, None], b_ref + gl.log(b_total)
+    b_scale, b_lse = softmax.output_scale(b_max, b_sum, b_sink, to_natural)
+    return b_o * b_scale[:, :, None], b_lse

@@ -79,7 +79,8 @@ def make_rope_problem(
     window: int = 0,
     softcap: float = 0.0,
 ) -> RopeProblem:
-    """query, key and value are views of one projection; every cache slot that must not be read is NaN."""
+    """query, key and value are views of one projection; what no output may come from is NaN: every cache slot that is
+    not seen, and the new value of rows that see nothing."""
     value_dim = head_dim if value_dim is None else value_dim
     widths = [num_query_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * value_dim]
     query, key, value = torch.randn(batch, 1, sum(widths), dtype=dtype, device=device).split(widths, dim=-1)
@@ -87,6 +88,7 @@ def make_rope_problem(
     angles = torch.cat([angles, angles], dim=-1)
     kv_range = [(0, kv_len)] * batch if kv_range is None else kv_range
     ranges = torch.tensor(kv_range, dtype=torch.int32, device=device).reshape(batch, 2)
+    value[ranges[:, 0] >= ranges[:, 1]] = torch.nan
     # The new token is seen beside the cached ones, and its own slot is written, never read.
     visible = reference.visible_slots(1, kv_len, ranges, window=window)[:, 0]
     visible &= torch.arange(kv_len, device=device) != ranges[:, 1:] - 1

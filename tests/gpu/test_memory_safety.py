@@ -32,10 +32,11 @@ for query_len, window, head_dim in [(1, 0, 64), (1, 5, 24), (3, 0, 64), (20, 0, 
     sinks = torch.randn(1, device="cuda").expand(6)
     for num_splits in (2, 1):
         attention_with_lse(query, key, value, kv_range, window=window, sinks=sinks, num_splits=num_splits)
-query, key, value = torch.randn(batch, 10, 1, 24, device="cuda").split([6, 2, 2], dim=1)
-for num_splits in (2, 1):
-    rotation = torch.randn(1, 1, 24, device="cuda")
-    caches = [torch.zeros(batch, 2, 41, 24, device="cuda") for _ in "kv"]
+for num_splits, head_dim, dtype in [(2, 24, torch.float32), (1, 24, torch.float32), (2, 64, torch.float16)]:
+    options = {"dtype": dtype, "device": "cuda"}
+    query, key, value = torch.randn(batch, 10, 1, head_dim, **options).split([6, 2, 2], dim=1)
+    rotation = torch.randn(1, 1, head_dim, **options)
+    caches = [torch.zeros(batch, 2, 41, head_dim, **options) for _ in "kv"]
     rope_append_attention(query, key, value, rotation, rotation, *caches, kv_range, window=5, num_splits=num_splits)
 key_cache, value_cache = (torch.zeros(6, 2, 41, 24, device="cuda") for _ in "kv")
 key, value = torch.randn(2, 6, 2, 3, 24, device="cuda").unbind()

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from csrc_free_kernels import shares
+from csrc_free_kernels.decode_tuning import max_ring_rows
 from tests.kernels import test_rope_decode
-from tests.kernels.launches import ring_tiles
+from tests.kernels.launches import poisoned_output, ring_tiles
 from tests.rope_problems import make_rope_problem
 
 pytestmark = pytest.mark.skipif(torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU")
@@ -61,5 +62,17 @@ def test_packed_heads(num_query_heads, num_kv_heads):
 
 @pytest.mark.parametrize("head_dim", [16, 80, 96, 128, 160, 256])
 @pytest.mark.parametrize("num_splits", [1, 2])
-def test_head_dims(head_dim, num_splits):
-    check(num_splits, kv_len=300, head_dim=head_dim)
+@pytest.mark.parametrize("has_most_rows", [True, False])
+def test_head_dims(head_dim, num_splits, has_most_rows):
+    group = max_ring_rows(head_dim) if has_most_rows else 4
+    check(num_splits, kv_len=300, head_dim=head_dim, num_query_heads=group, num_kv_heads=1)
+
+
+def test_results_repeat_bitwise():
+    problem = make_rope_problem(kv_len=1000, head_dim=128, dtype=torch.bfloat16, device="cuda")
+    first, again = (poisoned_output(problem.query, problem.value) for _ in range(2))
+    tiles = ring_tiles(2, block_n=64, num_slots=3)
+    test_rope_decode.launch(problem.with_own_caches(), first, 5, tiles)
+    for _ in range(5):
+        test_rope_decode.launch(problem.with_own_caches(), again, 5, tiles)
+        assert torch.equal(first, again)
