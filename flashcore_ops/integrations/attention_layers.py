@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from flashcore_ops.integrations.cache_guard import attentions_of
 from flashcore_ops.integrations.families import Feature, family_of
 from flashcore_ops.kv_memory import KVShape
 
@@ -51,8 +52,6 @@ def attention_layers(model: PreTrainedModel) -> Counter[AttentionLayer]:
     features = () if family is None else family.features
     config = model.config.get_text_config(decoder=True)
     shape = KVShape.of(config)
-    # What transformers gives every attention, and nothing else.
-    modules: list[Any] = [module for module in model.modules() if hasattr(module, "scaling")]
     return Counter(
         AttentionLayer(
             num_query_heads=shape.num_query_heads,
@@ -65,7 +64,7 @@ def attention_layers(model: PreTrainedModel) -> Counter[AttentionLayer]:
             has_sinks=Feature.SINKS in features,
             is_causal=attention.is_causal and getattr(config, "is_causal", True),
         )
-        for attention in modules
+        for attention in attentions_of(model)
     )
 
 

@@ -1,25 +1,18 @@
-"""What a call of a patched model is refused for: found before its first layer appends to the cache.
-
-transformers' layers append first and attend then. Refused by its attention alone, a call would leave the first layer's
-cache grown, and the next call on that cache would count its tokens twice. So the first attention of a model asks ahead.
-"""
+"""What the call of a layer's attention is refused for."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from flashcore_ops.checks import check_no_gradients
 from flashcore_ops.errors import MaskError, OptionError, UnsupportedModelError
 from flashcore_ops.integrations.dense import check_dense_mask
 from flashcore_ops.integrations.packing import check_sequence_bounds, is_flag, is_sequence_bounds
-from flashcore_ops.integrations.transformers import ATTENTION_NAME
 
 # Fused layers serve none of them; `fcore_attention` has the first two as arguments of its own.
 _UNSERVED_FEATURES = ("softcap", "s_aux", "position_bias")
-_HANDLE = "_flashcore_early_check"
 
 
 def check_options(dropout: float, kwargs: dict[str, Any]) -> None:
@@ -70,42 +63,6 @@ def check_mask(
         check_dense_mask(attention_mask, shape, dtype)
     elif attention_mask.shape != (shape[0], 1, 1, 2):
         raise _mask_error(f"int32 {list(attention_mask.shape)}")
-
-
-def check_early(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """A forward pre-hook of a transformers attention: raises what `fcore_attention` is going to, if that attends."""
-    config: Any = attention.config
-    if config._attn_implementation != ATTENTION_NAME:
-        return
-    hidden_states: Tensor = args[0] if args else kwargs["hidden_states"]
-    check_options(getattr(attention, "attention_dropout", 0.0) if attention.training else 0.0, kwargs)
-    check_no_gradients(hidden_states, *attention.parameters())
-    attention_mask = kwargs.get("attention_mask")
-    if attention_mask is None and kwargs.get("cu_seq_lens_q") is None:
-        return
-    batch, query_len = hidden_states.shape[:2]
-    # GPT-NeoX calls it so.
-    past: Any = kwargs.get("past_key_values", kwargs.get("layer_past"))
-    kv_len = query_len if past is None else past.get_mask_sizes(query_len, attention.layer_idx)[0]
-    has_own_dtype = not torch.is_autocast_enabled(hidden_states.device.type)
-    shape = (batch, config.num_attention_heads, query_len, kv_len)
-    check_mask(attention_mask, shape, hidden_states.dtype if has_own_dtype else None, kwargs)
-
-
-def guard_caches(model: nn.Module) -> None:
-    """Has the model's first attention ask ahead."""
-    # What transformers gives every attention, and nothing else.
-    first = next((module for module in model.modules() if hasattr(module, "scaling")), None)
-    if first is not None:
-        setattr(first, _HANDLE, first.register_forward_pre_hook(check_early, with_kwargs=True))
-
-
-def unguard_caches(model: nn.Module) -> None:
-    """Undoes `guard_caches`."""
-    for module in model.modules():
-        if _HANDLE in vars(module):
-            getattr(module, _HANDLE).remove()
-            delattr(module, _HANDLE)
 
 
 def _mask_error(got: str) -> MaskError:

@@ -30,9 +30,10 @@ from transformers.models.mistral.modeling_mistral import (
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer, Qwen2MLP, Qwen2RMSNorm
 
 from flashcore_ops.integrations.attention_layers import window_of
-from flashcore_ops.integrations.call_checks import check_early, check_options
+from flashcore_ops.integrations.cache_guard import check_early
+from flashcore_ops.integrations.call_checks import check_options
 from flashcore_ops.integrations.static_cache import SharedLengthLayer
-from flashcore_ops.integrations.transformers import ATTENTION_NAME, register_fcore
+from flashcore_ops.integrations.transformers import ATTENTION_NAME
 from flashcore_ops.linear_checks import supports_linear
 
 # Beyond, a library's matrix product is faster than reading each weight again for every 32 rows.
@@ -116,9 +117,6 @@ _PARENTS = {fused: parent for parent, fused in _FUSED_LAYERS.items()} | {FlashCo
 _ATTENTIONS = (LlamaAttention, MistralAttention, Qwen2Attention)
 _MLPS = (LlamaMLP, MistralMLP, Qwen2MLP)
 _NORMS = (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm)
-
-# A patched model that comes out of a pickle imports this module and needs `fcore`.
-register_fcore()
 
 
 def fuse_modules(model: nn.Module) -> None:

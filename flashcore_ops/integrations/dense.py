@@ -121,13 +121,17 @@ def check_dense_mask(attention_mask: Tensor, shape: tuple[int, ...], dtype: torc
     Args:
         attention_mask: of any dtype and shape.
         shape: `[B, Hq, Q, S]` of the scores.
-        dtype: of the queries, None if that is not known yet.
+        dtype: of the queries; None if that is not known yet, when every floating one is accepted.
     """
-    is_ours = attention_mask.dtype == torch.uint8
-    if not is_ours and dtype is not None and attention_mask.dtype not in (torch.bool, dtype):
+    if dtype is None:
+        is_served = attention_mask.dtype == torch.bool or attention_mask.is_floating_point()
+    else:
+        is_served = attention_mask.dtype in (torch.bool, dtype)
+    # uint8 is what `create_dense_mask` returns.
+    if not is_served and attention_mask.dtype != torch.uint8:
         raise MaskError.explain(
             "attention_mask",
-            expected=f"a 4-D mask of dtype bool, or {dtype} to add to the scores",
+            expected=f"a 4-D mask of dtype bool, or {dtype or 'that of the queries'} to add to the scores",
             got=f"{attention_mask.dtype}",
             fix="Cast it with .to(dtype).",
         )

@@ -44,7 +44,7 @@ def patch_model(model: Model) -> Model:
         >>> is_patched(patch_model(model))
         True
     """
-    from flashcore_ops.integrations.call_checks import guard_caches
+    from flashcore_ops.integrations.cache_guard import guard_caches
     from flashcore_ops.integrations.decoder_layer import fuse_modules
     from flashcore_ops.integrations.generate import keep_generation
     from flashcore_ops.integrations.model_checks import check_model
@@ -97,7 +97,7 @@ def restore_attention(model: Model) -> Model:
         >>> restore_attention(model).config is config
         True
     """
-    from flashcore_ops.integrations.call_checks import unguard_caches
+    from flashcore_ops.integrations.cache_guard import unguard_caches
     from flashcore_ops.integrations.decoder_layer import unfuse_modules
     from flashcore_ops.integrations.generate import unkeep_generation
 

@@ -342,15 +342,18 @@ def test_copies_and_pickles_decode_alike_and_restore(family: str) -> None:
     assert isinstance(model, KeptGeneration)
 
 
-def test_a_pickle_is_served_in_a_process_that_patched_nothing(tmp_path: Path) -> None:
-    torch.save(patch(make_model()), tmp_path / "model.pt")
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_a_pickle_is_served_in_a_process_that_patched_nothing(family: str, tmp_path: Path) -> None:
+    # Phi-3's layers are not fused, and without a head nothing of it is ours but what stands before its layers.
+    torch.save(patch(make_model(family)).base_model, tmp_path / "model.pt")
     code = f"""
 import torch
 model = torch.load({str(tmp_path / "model.pt")!r}, weights_only=False)
-print(model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False).shape)
+with torch.no_grad():
+    print(model(torch.tensor([[1, 2, 3]]))[0].shape)
 """
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "torch.Size([1, 7])" in finished.stdout, finished.stderr[-2000:]
+    assert "torch.Size([1, 3, 64])" in finished.stdout, finished.stderr[-2000:]
 
 
 def test_steps_with_frequencies_chosen_on_the_host_are_not_captured() -> None:
