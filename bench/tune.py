@@ -1,4 +1,5 @@
-"""`python -m bench.tune`: searches the tiles of decode's kernels on the current GPU: what tuning.py should hold.
+"""`python -m bench.tune`: searches the tiles of decode's kernels on the current GPU: what decode_tuning.py and
+linear_tuning.py should hold.
 
 A kernel is timed in the chain of launches that it runs in: dependent launches overlap, so what is fastest alone need
 not be so between its neighbours. The kinds of launches are searched one after another, each with the best of the
@@ -94,7 +95,7 @@ def run_chain(layers: Sequence[Layer], hidden: Tensor, rotation: Tensor, kv_rang
 
 
 def shipped_choice(batch: int, capacity: int) -> Choice:
-    """What tuning.py holds for the current GPU."""
+    """What decode_tuning.py and linear_tuning.py hold for the current GPU."""
     device = torch.device("cuda", torch.cuda.current_device())
     arch, num_multiprocessors = tuning.architecture(device), tuning.num_multiprocessors(device)
     choice: Choice = {

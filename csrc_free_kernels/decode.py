@@ -155,7 +155,7 @@ def decode_attention(
 ) -> None:
     """Writes attention into output `[B, Hq, Q, Dv]` and, if given, lse (contiguous `[B, Hq, Q]`); B, Q > 0.
 
-    A plan with a ring serves what `shares.is_served_by_ring` accepts.
+    A plan with a ring serves what `shares.is_served_by_ring` accepts, and is always launched dependent.
     """
     tiles, num_splits = plan.tiles, plan.num_splits
     if isinstance(tiles, RingTiles):

@@ -215,7 +215,7 @@ def rope_append_attention(
     """Appends the rotated key and value `[B, Hkv, 1, D or Dv]`, and writes attention into output `[B, Hq, 1, Dv]`.
 
     cos and sin are `[B or 1, 1, D]`; B > 0. next_weight is contiguous. A plan with a ring serves what
-    `shares.is_served_by_ring` accepts.
+    `shares.is_served_by_ring` accepts, and is always launched dependent.
     """
     tiles, num_splits = plan.tiles, plan.num_splits
     num_next_lines = 0
