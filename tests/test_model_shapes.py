@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashcore_ops.errors import OptionError
-from flashcore_ops.integrations.families import check_model
+from flashcore_ops.integrations.model_checks import check_model
 from flashcore_ops.model_shapes import SHAPES, random_model, shape_config
 
 # As the model's hub page counts the tensors of its safetensors files.
