@@ -139,7 +139,7 @@ def _attention_candidates(shipped: DecodePlan, batch: int) -> list[DecodePlan]:
     if isinstance(shipped.tiles, RingTiles):
         rings = [(64, 4, 2), (64, 4, 3), (64, 4, 4), (64, 4, 6), (128, 4, 2), (128, 4, 3)]
         return [
-            DecodePlan(RingTiles(shipped.tiles.block_m, shipped.tiles.held_rows, *ring), num_splits, prefetched_slots)
+            DecodePlan(RingTiles(shipped.tiles.held_rows, *ring), num_splits, prefetched_slots)
             for ring in rings
             for num_splits in all_splits
             for prefetched_slots in (64, 128)

@@ -23,14 +23,18 @@ from csrc_free_kernels.tuning import (
 
 @dataclass(frozen=True)
 class RingTiles:
-    """How Hopper's split-KV kernels are cut: rows of a tile, the first of them that may be taken, slots of the cache a
-    tile, warps a program, and tiles that shared memory holds at a time."""
+    """How Hopper's split-KV kernels are cut: the rows of a tile that may be taken, slots of the cache a tile, warps a
+    program, and tiles that shared memory holds at a time."""
 
-    block_m: int
     held_rows: int
     block_n: int
     num_warps: int
     num_slots: int
+
+    @property
+    def block_m(self) -> int:
+        """Rows of a tile: no fewer than tensor cores multiply."""
+        return max(MIN_DOT_SIZE, self.held_rows)
 
 
 # Tiles by (padded head dim, bytes an element), as in tuning.py.
@@ -125,7 +129,7 @@ def plan_decode(
         >>> plan_decode("sm_90", torch.bfloat16, 128, num_heads=256, **sizes)
         DecodePlan(tiles=Tiles(block_m=16, block_n=128, num_warps=4, num_stages=2), num_splits=1, prefetched_slots=64)
         >>> plan_decode("sm_90", torch.bfloat16, 128, num_heads=256, **sizes, has_ring=True).tiles
-        RingTiles(block_m=16, held_rows=4, block_n=128, num_warps=4, num_slots=2)
+        RingTiles(held_rows=4, block_n=128, num_warps=4, num_slots=2)
     """
     if has_ring:
         return _plan_ring(head_dim, num_rows, num_heads, kv_len, num_multiprocessors, num_splits)
@@ -139,20 +143,12 @@ def plan_decode(
     block_m = min(table[key].block_m, max(MIN_DOT_SIZE, next_power_of_2(num_rows)))
     num_programs = num_heads * ceil_div(num_rows, block_m)
     num_places = num_multiprocessors * (1 if is_tuned else _PROGRAMS_PER_PROCESSOR)
-    if num_splits > 0:
-        num_splits = min(num_splits, kv_len // _MIN_SLOTS_OF_A_WISH, _MAX_SPLITS)
-    else:
-        num_splits = min(_fill_waves(num_programs, num_places), kv_len // _MIN_SLOTS_PER_SPLIT, _MAX_SPLITS)
-    num_splits = max(num_splits, 1)
+    num_splits = _choose_splits(num_programs, num_places, kv_len, wish=num_splits)
     share = kv_len // num_splits
     is_one_wave = num_programs * num_splits <= num_places
     if is_tuned and is_one_wave and not is_masked:
         table = _HOPPER_DECODE["long" if share >= _LONG_SHARE else "short"]
-    return DecodePlan(
-        replace(table[key], block_m=block_m),
-        num_splits,
-        _MANY_SLOTS if is_one_wave and share >= 2 * _MANY_SLOTS else _FEW_SLOTS,
-    )
+    return DecodePlan(replace(table[key], block_m=block_m), num_splits, _slots_ahead(share, is_one_wave))
 
 
 def max_ring_rows(head_dim: int) -> int:
@@ -166,21 +162,28 @@ def max_ring_rows(head_dim: int) -> int:
     return (_MAX_RING_ROWS if head_dim == padded else _MAX_MASKED_RING_ROWS)[padded]
 
 
+def ring_rows(num_rows: int) -> int:
+    """Rows that those kernels take for so many packed ones.
+
+    Example:
+        >>> [ring_rows(num_rows) for num_rows in (1, 7, 16)]
+        [4, 8, 16]
+    """
+    return max(4, next_power_of_2(num_rows))
+
+
 def _plan_ring(
     head_dim: int, num_rows: int, num_heads: int, kv_len: int, num_multiprocessors: int, num_splits: int
 ) -> DecodePlan:
-    if num_splits > 0:
-        num_splits = min(num_splits, kv_len // _MIN_SLOTS_OF_A_WISH, _MAX_SPLITS)
-    else:
-        num_tiles = kv_len // _MIN_SLOTS_PER_SPLIT
-        num_splits = min(_fill_waves(num_heads, num_multiprocessors), num_tiles, _MAX_SPLITS)
-        if num_tiles - ceil_div(num_tiles, max(num_splits, 1)) <= _COMBINE_TILES:
-            num_splits = 1
-    num_splits = max(num_splits, 1)
+    is_wished = num_splits > 0
+    num_splits = _choose_splits(num_heads, num_multiprocessors, kv_len, wish=num_splits)
+    num_tiles = kv_len // _MIN_SLOTS_PER_SPLIT
+    if not is_wished and num_tiles - ceil_div(num_tiles, num_splits) <= _COMBINE_TILES:
+        num_splits = 1
     share = kv_len // num_splits
     is_one_wave = num_heads * num_splits <= num_multiprocessors
     is_resident = num_heads * num_splits <= _PROGRAMS_PER_PROCESSOR * num_multiprocessors
-    held_rows = max(4, next_power_of_2(num_rows))
+    held_rows = ring_rows(num_rows)
     if held_rows > MIN_DOT_SIZE:
         # Longer tiles of so many rows would not fit the registers.
         regime = "pairs"
@@ -188,11 +191,19 @@ def _plan_ring(
         regime = "long" if share >= _LONG_RING_SHARE else "short"
     else:
         regime = "pairs" if is_resident and share < _LONG_SHARE else "waves"
-    return DecodePlan(
-        RingTiles(max(MIN_DOT_SIZE, held_rows), held_rows, *_RINGS[regime][padded_head_dim(head_dim)]),
-        num_splits,
-        _MANY_SLOTS if is_one_wave and share >= 2 * _MANY_SLOTS else _FEW_SLOTS,
-    )
+    tiles = RingTiles(held_rows, *_RINGS[regime][padded_head_dim(head_dim)])
+    return DecodePlan(tiles, num_splits, _slots_ahead(share, is_one_wave))
+
+
+def _choose_splits(num_programs: int, num_places: int, kv_len: int, *, wish: int) -> int:
+    """At most as many as are wished for, or, without a wish, as fill the GPU; 1 at least."""
+    if wish > 0:
+        return max(1, min(wish, kv_len // _MIN_SLOTS_OF_A_WISH, _MAX_SPLITS))
+    return max(1, min(_fill_waves(num_programs, num_places), kv_len // _MIN_SLOTS_PER_SPLIT, _MAX_SPLITS))
+
+
+def _slots_ahead(share: int, is_one_wave: bool) -> int:
+    return _MANY_SLOTS if is_one_wave and share >= 2 * _MANY_SLOTS else _FEW_SLOTS
 
 
 def _fill_waves(num_programs: int, num_places: int) -> int:

@@ -221,6 +221,7 @@ def rope_append_attention(
     num_next_lines = 0
     if next_weight is not None and is_dependent:
         num_next_lines = min(next_weight.nbytes, PREFETCHED_BYTES) // dependent_launch.LINE_BYTES.value
+    next_weight = next_weight if num_next_lines > 0 else None
     if isinstance(tiles, RingTiles):
         # Imported here alone: it needs a Triton that has Gluon.
         from csrc_free_kernels import rope_decode_hopper
@@ -231,7 +232,7 @@ def rope_append_attention(
             sinks=sinks,
             scale=scale,
             window=window,
-            next_weight=next_weight if num_next_lines > 0 else None,
+            next_weight=next_weight,
             num_next_lines=num_next_lines,
             num_splits=num_splits,
             prefetched_slots=plan.prefetched_slots,
@@ -257,7 +258,7 @@ def rope_append_attention(
         partials,
         kv_range,
         sinks,
-        next_weight if num_next_lines > 0 else None,
+        next_weight,
         query.stride()[:2],
         key.stride()[:2],
         value.stride()[:2],

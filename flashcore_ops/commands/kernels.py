@@ -45,17 +45,15 @@ def gpu_kernels(name: str, architecture: str, *, has_triton: bool) -> list[Kerne
     if not has_triton:
         return [_none(name)]
     shape = (architecture, SHOWN_DTYPE, SHOWN_HEAD_DIM)
-    tiles = _decode_tiles(*shape, _SHOWN_GROUP, _SHOWN_KV_HEADS, has_ring=False)
-    rows = [
-        _portable_prefill(name, *shape),
-        Kernel(name, "decode", "Triton split-KV", f"{_BY_DECODE}; {architecture}: {tiles}"),
-        _append(name),
-    ]
+    heads = (_SHOWN_GROUP, _SHOWN_KV_HEADS)
+    tiles = _decode_tiles(*shape, *heads, has_ring=False)
+    prefill = [_portable_prefill(name, *shape)]
+    decode = [Kernel(name, "decode", "Triton split-KV", f"{_BY_DECODE}; {architecture}: {tiles}")]
     if tuning.is_hopper(architecture):
-        tiles = _decode_tiles(*shape, _SHOWN_GROUP, _SHOWN_KV_HEADS, has_ring=True)
-        rows.insert(1, _hopper_prefill(name, f"the same {_BY_HOPPER}; {architecture}: specialised warps"))
-        rows.insert(3, Kernel(name, "decode", "Gluon for Hopper", f"16 bits, no softcap; {architecture}: {tiles}"))
-    return rows
+        ring = _decode_tiles(*shape, *heads, has_ring=True)
+        prefill.append(_hopper_prefill(name, f"the same {_BY_HOPPER}; {architecture}: specialised warps"))
+        decode.append(Kernel(name, "decode", "Gluon for Hopper", f"16 bits, no softcap; {architecture}: {ring}"))
+    return [*prefill, *decode, _append(name)]
 
 
 def gpu_kernels_of(
@@ -159,7 +157,7 @@ def _hopper_prefill(name: str, reason: str) -> Kernel:
 def _decode(name: str, architecture: str, dtype: torch.dtype, layer: AttentionLayer, *, is_fused: bool) -> Kernel:
     """The one that is chosen for one token."""
     group = layer.num_query_heads // layer.num_kv_heads
-    has_ring = _has_ring(architecture, dtype, layer, num_rows=group)
+    has_ring = _has_ring(architecture, dtype, layer)
     shape = (architecture, dtype, layer.head_dim, group, layer.num_kv_heads)
     tiles = _decode_tiles(*shape, has_ring=has_ring)
     if is_fused:
@@ -173,11 +171,12 @@ def _decode(name: str, architecture: str, dtype: torch.dtype, layer: AttentionLa
     return Kernel(name, "decode", "Gluon for Hopper", f"{tokens}; {architecture}: {tiles}{further}")
 
 
-def _has_ring(architecture: str, dtype: torch.dtype, layer: AttentionLayer, num_rows: int) -> bool:
+def _has_ring(architecture: str, dtype: torch.dtype, layer: AttentionLayer) -> bool:
+    """Whether Hopper's kernels serve one token of it."""
     # Imported here alone, since it needs Triton.
     from csrc_free_kernels.shares import has_ring
 
-    head_dim = layer.head_dim
+    head_dim, num_rows = layer.head_dim, layer.num_query_heads // layer.num_kv_heads
     return tuning.is_hopper(architecture) and has_ring(
         dtype, head_dim, head_dim, num_rows=num_rows, scale=layer.scale, softcap=layer.softcap
     )

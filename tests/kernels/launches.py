@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from csrc_free_kernels import decode, linear, prefill, tuning
-from csrc_free_kernels.decode_tuning import DecodePlan, RingTiles
+from csrc_free_kernels.decode_tuning import DecodePlan, RingTiles, ring_rows
 from csrc_free_kernels.linear_tuning import LinearTiles, linear_tiles
 from csrc_free_kernels.tuning import HopperTiles, Tiles
 from tests.kernels.conftest import IS_INTERPRETED
@@ -44,8 +44,7 @@ def check_decode(problem: Problem, tiles: Tiles | RingTiles, num_splits: int) ->
 
 def ring_tiles(num_rows: int, block_n: int, num_slots: int) -> RingTiles:
     """Tiles of Hopper's split-KV kernels for so many packed rows."""
-    held_rows = max(4, tuning.next_power_of_2(num_rows))
-    return RingTiles(max(16, held_rows), held_rows, block_n, num_warps=4, num_slots=num_slots)
+    return RingTiles(ring_rows(num_rows), block_n, num_warps=4, num_slots=num_slots)
 
 
 def check_linear(problem: LinearProblem, tiles: LinearTiles | None = None) -> None:

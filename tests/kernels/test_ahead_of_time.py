@@ -62,13 +62,19 @@ def compile_attention(
 
 
 def compile_rope(
-    arch: str, dtype: torch.dtype, head_dim: int, group: int = 4, window: int = 0, softcap: float = 0.0
+    arch: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    group: int = 4,
+    window: int = 0,
+    softcap: float = 0.0,
+    has_ring: bool = False,
 ) -> list[CompiledKernel]:
     """Compiles what the CUDA path would launch for the fused decode of 2 KV heads, query to value in one buffer."""
     heads = torch.empty(1, 2 * group + 4, 1, head_dim, dtype=dtype).split([2 * group, 2, 2], dim=1)
     rotation, cache = torch.empty(1, 1, head_dim, dtype=dtype), torch.empty(1, 2, 512, head_dim, dtype=dtype)
     with compiled_for(arch) as compiled:
-        for plan in decode_plans(arch, dtype, head_dim, num_rows=group):
+        for plan in decode_plans(arch, dtype, head_dim, num_rows=group, has_ring=has_ring):
             rope_decode.rope_append_attention(
                 *(*heads, rotation, rotation, cache, cache, torch.empty(1, 2 * group, 1, head_dim, dtype=dtype)),
                 kv_range=torch.zeros(1, 2, dtype=torch.int32),

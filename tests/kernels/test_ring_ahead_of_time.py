@@ -10,8 +10,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from csrc_free_kernels import decode, decode_tuning, rope_decode, shares
+from csrc_free_kernels import decode, decode_tuning, shares
 from tests.kernels.ahead_of_time import CompiledKernel, check_limits, compiled_for, decode_plans
+from tests.kernels.test_ahead_of_time import compile_rope
 
 DTYPES = [torch.float16, torch.bfloat16]
 HEAD_DIMS = [16, 64, 80, 96, 128, 192, 256]
@@ -40,29 +41,11 @@ def compile_attention(
     return compiled
 
 
-def compile_rope(dtype: torch.dtype, head_dim: int, group: int = 4, window: int = 0) -> list[CompiledKernel]:
-    """The fused decode of 2 KV heads, query to value in one buffer."""
-    heads = torch.empty(1, 2 * group + 4, 1, head_dim, dtype=dtype).split([2 * group, 2, 2], dim=1)
-    rotation, cache = torch.empty(1, 1, head_dim, dtype=dtype), torch.empty(1, 2, 512, head_dim, dtype=dtype)
-    with compiled_for("sm_90") as compiled:
-        for plan in decode_plans("sm_90", dtype, head_dim, num_rows=group, has_ring=True):
-            rope_decode.rope_append_attention(
-                *(*heads, rotation, rotation, cache, cache, torch.empty(1, 2 * group, 1, head_dim, dtype=dtype)),
-                kv_range=torch.zeros(1, 2, dtype=torch.int32),
-                sinks=torch.empty(2 * group),
-                scale=0.1,
-                window=window,
-                softcap=0.0,
-                next_weight=torch.empty(4096, 4096, dtype=dtype),
-                plan=plan,
-                is_dependent=True,
-            )
-    return compiled
-
-
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 def test_one_token(head_dim: int) -> None:
-    compiled = compile_attention(torch.bfloat16, head_dim) + compile_rope(torch.bfloat16, head_dim)
+    compiled = compile_attention(torch.bfloat16, head_dim) + compile_rope(
+        "sm_90", torch.bfloat16, head_dim, has_ring=True
+    )
     check_limits("sm_90", torch.bfloat16, compiled)
 
 
@@ -81,11 +64,11 @@ def test_full_product(dtype: torch.dtype, head_dim: int) -> None:
     for (query_len, group), window, has_range in itertools.product(sorted(shapes), (0, 9), (True, False)):
         check_limits("sm_90", dtype, compile_attention(dtype, head_dim, query_len, group, window, has_range))
     for group, window in itertools.product((1, 7, most), (0, 9)):
-        check_limits("sm_90", dtype, compile_rope(dtype, head_dim, group, window))
+        check_limits("sm_90", dtype, compile_rope("sm_90", dtype, head_dim, group, window, has_ring=True))
 
 
 def test_kernels_wait_before_they_touch_memory() -> None:
-    kernels = compile_attention(torch.bfloat16, 128) + compile_rope(torch.bfloat16, 128)
+    kernels = compile_attention(torch.bfloat16, 128) + compile_rope("sm_90", torch.bfloat16, 128, has_ring=True)
     assert {kernel.name for kernel in kernels} == {"_decode_kernel", "_rope_decode_kernel", "_combine_kernel"}
     for kernel in kernels:
         before, waits, after = kernel.assembly.partition("griddepcontrol.wait")
