@@ -216,7 +216,7 @@ def main(
     length: Annotated[int, typer.Option(min=1, help="Tokens in the cache.")] = 2048,
     kinds: Annotated[str, typer.Option(help="Kinds of launches to search, comma-separated.")] = "",
     repeats: Annotated[int, typer.Option(min=1, help="Timed replays.")] = 9,
-    shown: Annotated[int, typer.Option(min=1, help="Candidates to show of each kind.")] = 5,
+    shown: Annotated[int, typer.Option(min=1, help="Candidates to show of each kind, beside what is shipped.")] = 5,
 ) -> None:
     """Search the tiles of a decode step of LLaMA-3.1-8B."""
     if not torch.cuda.is_available():
@@ -248,8 +248,10 @@ def main(
     try:
         for kind, ranked in descend(tried, microseconds):
             if kind in wanted:
-                for time, choice in ranked[:shown]:
-                    console.print(f"{kind:10} {time:7.1f}  {choice}{'  (shipped)' if choice == shipped[kind] else ''}")
+                for place, (time, choice) in enumerate(ranked):
+                    is_shipped = choice == shipped[kind]
+                    if place < shown or is_shipped:
+                        console.print(f"{kind:10} {time:7.1f}  {choice}{'  (shipped)' if is_shipped else ''}")
     except torch.OutOfMemoryError as error:
         typer.echo(f"error: {describe(error)}", err=True)
         raise typer.Exit(code=1) from error

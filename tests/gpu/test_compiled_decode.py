@@ -19,14 +19,13 @@ from transformers import DynamicCache
 from flashcore_ops import make_static_cache
 from flashcore_ops.integrations.transformers import replace_llama_attention_with_flashcore as patch
 from tests.gpu.recordings import Recordings, count_recordings, num_compiled, num_skips
-from tests.integrations.models import VOCABULARY, generate, make_model
+from tests.integrations.models import FAMILIES, FUSED_FAMILIES, ROUTED_FAMILIES, VOCABULARY, generate, make_model
 
 pytestmark = pytest.mark.gpu
 
 # A prime: its multiples are the sizes of nothing but the cache.
 CAPACITY = 509
 NUM_STEPS = 64
-FAMILIES = ("llama", "mistral", "qwen2-window")
 
 
 @pytest.fixture(autouse=True)
@@ -102,19 +101,22 @@ def compile_step(model: Any, mode: str | None = "reduce-overhead") -> Any:
 @pytest.mark.parametrize(
     ("family", "batch_size", "is_padded"),
     [
-        pytest.param(family, batch_size, is_padded, marks=pytest.mark.slow)
-        # Every batch and mask in one family; what the others add is a window.
-        if family != "llama" and (batch_size, is_padded) not in ((1, False), (4, True))
-        else (family, batch_size, is_padded)
-        for family in FAMILIES
-        for batch_size in (1, 4, 32)
-        for is_padded in (False, True)
+        *((family, batch_size, is_padded) for family in FAMILIES for batch_size, is_padded in ((1, False), (4, True))),
+        # The other batches and masks in a family without a window and in one with it.
+        *(
+            pytest.param(family, batch_size, is_padded, marks=() if family == "llama" else pytest.mark.slow)
+            for family in ("llama", "mistral")
+            for batch_size, is_padded in ((1, True), (4, False), (32, False), (32, True))
+        ),
     ],
 )
 def test_one_graph_serves_every_length(family: str, batch_size: int, is_padded: bool, recordings: Recordings) -> None:
     model = make_model(family, "cuda")
     prompts = [make_prompt(batch_size, length, is_padded) for length in (13, 40, 5)]
     expected = [generate(model, prompt, max_new_tokens=NUM_STEPS + 1).tolist() for prompt in prompts]
+    if family in ROUTED_FAMILIES:
+        # As the README says: only in bfloat16 can other products of experts be recorded.
+        model.set_experts_implementation("batched_mm")
     decoding = Decoding(patch(model), compile_step(model), batch_size)
     decoding.decode(prompts[0], num_steps=4, is_padded=is_padded)
     num_recorded = recordings.num_graphs
@@ -168,7 +170,7 @@ def test_the_code_makes_and_copies_nothing_as_large_as_a_cache(family: str) -> N
     decoding.prefill(make_prompt(3, 13))
     _, codes = run_and_get_code(decoding.advance)
     code = "\n".join(codes)
-    assert "rope_append_attention" in code
+    assert ("rope_append_attention" if family in FUSED_FAMILIES else "append_kv_") in code
     keys = decoding.cache.layers[0].keys
     sizes = [
         torch.Size(int(size) for size in shape.split(",") if size.strip()).numel()
@@ -187,10 +189,13 @@ def test_the_code_makes_and_copies_nothing_as_large_as_a_cache(family: str) -> N
         ("llama", torch.bfloat16, True),
         ("mistral", torch.float32, True),
         ("mistral", torch.bfloat16, False),
+        *((family, torch.bfloat16, False) for family in ROUTED_FAMILIES),
     ],
     ids=str,
 )
-def test_replay_is_the_compiled_code_bit_by_bit(family: str, dtype: torch.dtype, is_padded: bool) -> None:
+def test_replay_is_the_compiled_code_bit_by_bit(
+    family: str, dtype: torch.dtype, is_padded: bool, recordings: Recordings
+) -> None:
     model, prompt = patch(make_model(family, "cuda", dtype)), make_prompt(4, 13, is_padded)
     results = []
     for mode in ("reduce-overhead", None):
@@ -199,6 +204,8 @@ def test_replay_is_the_compiled_code_bit_by_bit(family: str, dtype: torch.dtype,
         decoding.decode(prompt, num_steps=4, is_padded=is_padded)
         decoding.prefill(prompt, is_padded)
         results.append(torch.stack([decoding.advance() for _ in range(NUM_STEPS)]))
+    assert recordings.num_graphs > 0
+    assert num_skips() == 0
     assert results[0].isfinite().all()
     assert torch.equal(*results)
 
