@@ -157,6 +157,13 @@ def _update(b_s, b_max, b_sum, to_log2):
 
 
 @gluon.jit
+def _release(q_empty, slot):
+    """Gives a slot of queries back, once the output has left it."""
+    tma.store_wait(0)
+    mbarrier.arrive(q_empty.index(slot), count=1)
+
+
+@gluon.jit
 def _consume(
     d_output, p_lse, p_sinks, rings, sizes, p_range, stride_range, num_before, to_log2, to_natural,
     I_HALF: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
@@ -199,6 +206,9 @@ def _consume(
         b_s = _start_scores(query, keys, slot, b_zero)
         b_s = hopper.warpgroup_mma_wait(0, deps=[b_s])
         mbarrier.arrive(k_empty.index(slot), count=1)
+        if NUM_QUERY_SLOTS > 1:
+            if i_turn > 0:
+                _release(q_empty, (i_turn - 1) % NUM_QUERY_SLOTS * 2 + I_HALF)
         i_n = low + (num_kv_tiles - 1) * BLOCK_N
         b_s = _mask(b_s, i_n, first_column, high, num_before, IS_CAUSAL, HAS_WINDOW)
         b_p, b_decay, b_max, b_sum = _update(b_s, b_max, b_sum, to_log2)
@@ -254,11 +264,14 @@ def _consume(
             o_row = first_row + gl.arange(0, ROWS, layout=row_layout)
             p_row = p_lse + (i_b * Hq + i_h).to(gl.int64) * Q + o_row
             gl.store(p_row, b_ref + gl.log(b_total), mask=o_row < Q)
-        tma.store_wait(0)
-        mbarrier.arrive(q_empty.index(q_slot), count=1)
+        # Not waited for where the next tile's queries have a place of their own.
+        if NUM_QUERY_SLOTS == 1:
+            _release(q_empty, q_slot)
         i_b = next_b
         i_h = next_h
         i_m = next_m
+    # Shared memory may go to another program only once it has been read.
+    tma.store_wait(0)
 
 
 @gluon.jit
