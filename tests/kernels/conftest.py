@@ -52,6 +52,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.slow)
             continue
         item.add_marker(pytest.mark.gpu)
+        if not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="kernels run on a GPU, or with TRITON_INTERPRET=1"))
+        elif item.path.name in LAUNCHING_ON_HOPPER and torch.cuda.get_device_capability() != (9, 0):
+            item.add_marker(pytest.mark.skip(reason="needs a Hopper GPU"))
         if item.path.name in LAUNCHING and getattr(item, "originalname", "") in LEFT_TO_THE_OPS:
             item.add_marker(pytest.mark.slow)
 

@@ -13,7 +13,6 @@ from flashcore_ops import attention, attention_with_lse
 from tests.kernels.launches import check_decode, ring_tiles
 from tests.problems import assert_as_accurate_as_pytorch, make_problem
 
-pytestmark = pytest.mark.skipif(torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU")
 WITH_DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
 

@@ -11,7 +11,6 @@ from tests.kernels import test_rope_decode
 from tests.kernels.launches import poisoned_output, ring_tiles
 from tests.rope_problems import make_rope_problem
 
-pytestmark = pytest.mark.skipif(torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU")
 WITH_DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
 
