@@ -1,6 +1,7 @@
 """Every way of generating gives the tokens of Hugging Face's attention, in every family.
 
-Contrastive search, DoLa and beams in groups are not among them: transformers 5.17 has them as code on its hub only.
+DoLa and beams in groups are not among them: transformers 5.17 has them as code on its hub only. It has contrastive
+search there too, which is therefore written out here.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import DynamicCache, set_seed
 
 from flashcore_ops.integrations.transformers import replace_llama_attention_with_flashcore as patch
@@ -64,6 +66,46 @@ def test_caches_by_their_former_names(family: str, cache: str) -> None:
     model, batch = make_model(family), make_batch("left-padded")
     expected = _tokens(model, batch, cache_implementation=cache)
     assert _tokens(patch(model), batch, cache_implementation=cache) == expected
+
+
+def _contrastive_tokens(model: Any, batch: dict[str, Tensor], top_k: int = 3, penalty: float = 0.6) -> list[list[int]]:
+    """12 tokens by contrastive search (Su et al., arXiv 2202.06417), which repeats a cache's rows and selects some."""
+    mask, cache, made = batch["attention_mask"], DynamicCache(config=model.config), []
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    output = model(**batch, position_ids=positions, past_key_values=cache, output_hidden_states=True)
+    logits, context = output.logits[:, -1], output.hidden_states[-1]
+    rows = torch.arange(len(mask), device=mask.device)
+    for _ in range(12):
+        likely = logits.softmax(-1).topk(top_k)
+        cache.batch_repeat_interleave(top_k)
+        wider = torch.nn.functional.pad(mask, (0, 1), value=1)
+        output = model(
+            input_ids=likely.indices.view(-1, 1),
+            attention_mask=wider.repeat_interleave(top_k, 0),
+            position_ids=(positions[:, -1:] + 1).repeat_interleave(top_k, 0),
+            past_key_values=cache,
+            output_hidden_states=True,
+        )
+        hidden = output.hidden_states[-1].view(len(mask), top_k, -1)
+        likeness = torch.cosine_similarity(hidden[:, :, None], context[:, None], dim=-1)
+        likeness = likeness.masked_fill(mask[:, None] == 0, -1.0).amax(-1)
+        best = ((1 - penalty) * likely.values - penalty * likeness).argmax(-1)
+        cache.batch_select_indices(rows * top_k + best)
+        made.append(likely.indices[rows, best])
+        logits = output.logits.view(len(mask), top_k, -1)[rows, best]
+        context, mask = torch.cat([context, hidden[rows, best][:, None]], dim=1), wider
+        positions = positions[:, -1:] + 1
+    return torch.stack(made, dim=1).tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_contrastive_search(family: str, device: str) -> None:
+    model, batch = make_model(family, device), make_batch("left-padded", device)
+    greedy = _tokens(model, batch)
+    with torch.no_grad():
+        expected = _contrastive_tokens(model, batch)
+        assert expected != greedy
+        assert _contrastive_tokens(patch(model), batch) == expected
 
 
 @pytest.mark.parametrize("family", FAMILIES)
