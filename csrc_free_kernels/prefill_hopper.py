@@ -206,9 +206,8 @@ def _consume(
         b_s = _start_scores(query, keys, slot, b_zero)
         b_s = hopper.warpgroup_mma_wait(0, deps=[b_s])
         mbarrier.arrive(k_empty.index(slot), count=1)
-        if NUM_QUERY_SLOTS > 1:
-            if i_turn > 0:
-                _release(q_empty, (i_turn - 1) % NUM_QUERY_SLOTS * 2 + I_HALF)
+        if NUM_QUERY_SLOTS > 1 and i_turn > 0:
+            _release(q_empty, (i_turn - 1) % NUM_QUERY_SLOTS * 2 + I_HALF)
         i_n = low + (num_kv_tiles - 1) * BLOCK_N
         b_s = _mask(b_s, i_n, first_column, high, num_before, IS_CAUSAL, HAS_WINDOW)
         b_p, b_decay, b_max, b_sum = _update(b_s, b_max, b_sum, to_log2)

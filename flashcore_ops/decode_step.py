@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flashcore_ops.integrations.capture import is_capturable
+from flashcore_ops.integrations.masks import pack_range
 from flashcore_ops.integrations.plain_stack import decode_logits, is_plain_stack
 
 # One capture at a time, since they share a stream.
@@ -83,10 +84,9 @@ class DecodeStep:
                 position_offset=self.position_offset,
                 length=self.length,
             )
-        kv_range = torch.stack((self.start, (self.length + 1).to(torch.int32).expand_as(self.start)), dim=-1)
         outputs = model(
             input_ids=self.tokens,
-            attention_mask=kv_range[:, None, None],
+            attention_mask=pack_range(self.start, (self.length + 1).to(torch.int32)),
             position_ids=(self.length - self.position_offset)[:, None],
             past_key_values=self.cache,
             use_cache=True,

@@ -75,7 +75,7 @@ def fcore_attention(
             "is_causal",
             expected="True",
             got="False",
-            fix="Set is_causal=False in the model's config before it is built, or pass a 4-D attention mask.",
+            fix="Set is_causal=False in the model's config before it is built, use a DynamicCache, or pass a 4-D mask.",
         )
     options = (scaling, True, sliding_window or 0, softcap or 0.0, s_aux)
     if bounds is not None:

@@ -6,6 +6,7 @@ the layers up to it, and the next call on that cache would count their tokens tw
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flashcore_ops.checks import check_no_gradients
-from flashcore_ops.integrations.call_checks import check_mask, check_options
+from flashcore_ops.integrations.call_checks import check_mask, check_not_a_channel, check_options
+from flashcore_ops.integrations.model_checks import check_dtype
+from flashcore_ops.integrations.packing import check_bound_values, check_sequence_bounds
 from flashcore_ops.integrations.transformers import ATTENTION_NAME, register_fcore
 
 _HANDLE = "_flashcore_cache_guard"
@@ -37,28 +40,59 @@ def unguard_caches(model: nn.Module) -> None:
 
 
 def check_early(stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """A forward pre-hook of a stack of layers: what its attentions are going to refuse, if the caller passes a cache.
+    """A forward pre-hook of a stack of layers: what only the caller's arguments tell, and what its attentions are
+    going to refuse, if there is a cache.
 
-    What only the ops can tell is still found by the first layer: tensors whose dtypes or devices do not match.
+    What only the ops can tell is still found by the first layer: tensors on different devices.
     """
-    past: Any = kwargs.get("past_key_values")
-    if past is None or stack.config._attn_implementation != ATTENTION_NAME:
+    if stack.config._attn_implementation != ATTENTION_NAME:
         return
+    given = _by_name(stack, args, kwargs)
+    inputs = given.get("inputs_embeds") if given.get("input_ids") is None else given["input_ids"]
+    if inputs is None:
+        # The model says so.
+        return
+    attention_mask = given.get("attention_mask")
+    # One for all layers, or one for each kind of them.
+    masks = attention_mask if isinstance(attention_mask, dict) else {None: attention_mask}
+    for mask in masks.values():
+        check_not_a_channel(mask)
+    if given.get("cu_seq_lens_q") is not None:
+        bounds, key_bounds = given["cu_seq_lens_q"], given.get("cu_seq_lens_k")
+        check_sequence_bounds(bounds, key_bounds, None, has_past=False)
+        check_bound_values(bounds, key_bounds, num_rows=inputs.shape[0] * inputs.shape[1])
+    if given.get("past_key_values") is not None:
+        _check_before_appending(stack, inputs, masks, given)
+
+
+def _check_before_appending(stack: Any, inputs: Tensor, masks: dict[str | None, Any], given: dict[str, Any]) -> None:
     dropouts = [getattr(each, "attention_dropout", 0.0) for each in attentions_of(stack)] if stack.training else []
-    check_options(max(dropouts, default=0.0), kwargs)
-    attention_mask = kwargs.get("attention_mask")
-    is_dense = isinstance(attention_mask, Tensor) and attention_mask.dim() == 4 and attention_mask.dtype != torch.int32
+    check_options(max(dropouts, default=0.0), given)
+    dense_masks = {kind: mask for kind, mask in masks.items() if _is_dense(mask)}
     # The dense path serves gradients.
-    if torch.is_grad_enabled() and not is_dense:
-        check_no_gradients(kwargs.get("inputs_embeds"), *_parameters_before_the_last_attention(stack))
-    if not is_dense and kwargs.get("cu_seq_lens_q") is None:
+    if torch.is_grad_enabled() and not dense_masks:
+        check_no_gradients(given.get("inputs_embeds"), *_parameters_before_the_last_attention(stack))
+    dtype = None if _is_cast(inputs) else stack.dtype
+    if dtype is not None:
+        check_dtype(stack)
+    if not dense_masks and given.get("cu_seq_lens_q") is None:
         return
-    inputs: Any = args[0] if args else kwargs.get("input_ids")
-    inputs = kwargs["inputs_embeds"] if inputs is None else inputs
-    batch, query_len = inputs.shape[:2]
-    for kv_len in sorted({past.get_mask_sizes(query_len, i)[0] for i in range(len(stack.layers))}):
+    (batch, query_len), past = inputs.shape[:2], given["past_key_values"]
+    kinds = [None] * len(stack.layers) if None in masks else stack.config.layer_types
+    for kv_len, kind in dict.fromkeys((past.get_mask_sizes(query_len, i)[0], kind) for i, kind in enumerate(kinds)):
         shape = (batch, stack.config.num_attention_heads, query_len, kv_len)
-        check_mask(attention_mask if is_dense else None, shape, None if _is_cast(inputs) else stack.dtype, kwargs)
+        check_mask(dense_masks.get(kind), shape, dtype, given)
+
+
+def _is_dense(mask: Any) -> bool:
+    return isinstance(mask, Tensor) and mask.dim() == 4 and mask.dtype != torch.int32
+
+
+def _by_name(stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    # Dynamo does not trace signatures.
+    if len(args) < 2 or torch.compiler.is_compiling():
+        return dict(zip(("input_ids",), args, strict=False)) | kwargs
+    return inspect.signature(stack.forward).bind_partial(*args).arguments | kwargs
 
 
 def attentions_of(module: nn.Module) -> list[Any]:

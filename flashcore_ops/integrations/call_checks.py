@@ -11,6 +11,9 @@ from flashcore_ops.errors import MaskError, OptionError, UnsupportedModelError
 from flashcore_ops.integrations.dense import check_dense_mask
 from flashcore_ops.integrations.packing import check_sequence_bounds, is_flag, is_sequence_bounds
 
+# On the masks that are ours.
+_MARK = "_flashcore_channel"
+
 # Fused layers serve none of them; `fcore_attention` has the first two as arguments of its own.
 _UNSERVED_FEATURES = ("softcap", "s_aux", "position_bias")
 
@@ -65,10 +68,28 @@ def check_mask(
         raise _mask_error(f"int32 {list(attention_mask.shape)}")
 
 
+def mark_channel(mask: Tensor) -> Tensor:
+    """Marks an int32 mask as ours, for `check_not_a_channel`; not while tracing."""
+    if not torch.compiler.is_compiling():
+        setattr(mask, _MARK, True)
+    return mask
+
+
+def check_not_a_channel(mask: Any) -> None:
+    """Raises MaskError for a caller's own int32 mask in four dimensions, which by its shape could be one of ours.
+
+    Those that come from the caller all the same are what `generate` had us make. Compiled calls are not told apart.
+    """
+    if torch.compiler.is_compiling() or not isinstance(mask, Tensor) or hasattr(mask, _MARK):
+        return
+    if mask.dim() == 4 and mask.dtype == torch.int32:
+        raise _mask_error(f"int32 {list(mask.shape)}")
+
+
 def _mask_error(got: str) -> MaskError:
     return MaskError.explain(
         "attention_mask",
-        expected="a 2-D padding mask, a 4-D mask of bool or float, or int32 [B, 1, 1, 2] of (start, end)",
+        expected="a 2-D padding mask, or a 4-D mask of bool or float",
         got=got,
         fix="Pass what the tokenizer returns.",
     )

@@ -28,6 +28,7 @@ from transformers.masking_utils import (
 from transformers.utils.import_utils import is_tracing
 
 from flashcore_ops.errors import CapacityError, MaskError, UnsupportedModelError
+from flashcore_ops.integrations.call_checks import mark_channel
 from flashcore_ops.integrations.closures import is_same_function
 from flashcore_ops.integrations.dense import create_dense_mask
 from flashcore_ops.integrations.packing import packed_bounds, packed_numbers, single_sequences
@@ -110,7 +111,7 @@ def create_fcore_mask(
     is_causal = getattr(config, "is_causal", True)
     if use_vmap or not is_causal or not (is_traced or is_same_function(mask_function, plain)):
         bounds = None if use_vmap or is_traced else packed_bounds(mask_function, plain, q_length, kv_length)
-        return create_dense_mask(NOT_CAUSAL, **place, **content) if bounds is None else bounds
+        return create_dense_mask(NOT_CAUSAL, **place, **content) if bounds is None else mark_channel(bounds)
 
     # The sum is a new tensor: a static cache's q_offset is its live counter.
     end = q_offset + q_length - kv_offset
@@ -123,7 +124,7 @@ def create_fcore_mask(
     if not is_traced:
         _check_capacity(end, q_length, kv_length)
     if attention_mask is None:
-        return None if fills_slots else _pack(torch.zeros(batch_size, dtype=torch.int64, device=device), end)
+        return None if fills_slots else pack_range(torch.zeros(batch_size, dtype=torch.int64, device=device), end)
 
     _check_padding_mask(attention_mask, batch_size)
     padding_mask = prepare_padding_mask(attention_mask, kv_length, kv_offset)
@@ -135,10 +136,10 @@ def create_fcore_mask(
     start, is_left_padded = _left_padding(tokens, end)
     if is_traced:
         torch._assert_async(is_left_padded, f"flashcore: {HOLES}. {_FIX}")
-        return _pack(start, end)
+        return pack_range(start, end)
     if not _is_left_padded(is_left_padded, attention_mask, q_length, _records_of(config), local_size):
         return create_dense_mask(NOT_LEFT_PADDING, **place, **content)
-    return _pack(start, _ALL_SLOTS if fills_slots else end)
+    return pack_range(start, _ALL_SLOTS if fills_slots else end)
 
 
 def _is_same_mask(
@@ -254,6 +255,12 @@ def _reading_waits(tensor: Tensor) -> bool:
     return tensor.device.type != "cpu"
 
 
-def _pack(start: Tensor, end: int | Tensor) -> Tensor:
+def pack_range(start: Tensor, end: int | Tensor) -> Tensor:
+    """The channel int32 `[B, 1, 1, 2]` of the slots from start `[B]` to before end.
+
+    Example:
+        >>> pack_range(torch.tensor([0, 1]), end=3)[:, 0, 0].tolist()
+        [[0, 3], [1, 3]]
+    """
     end = end.expand_as(start) if isinstance(end, Tensor) else torch.full_like(start, end)
-    return torch.stack((start, end), dim=-1).to(torch.int32)[:, None, None]
+    return mark_channel(torch.stack((start, end), dim=-1).to(torch.int32)[:, None, None])

@@ -28,7 +28,7 @@ def check_model(model: nn.Module) -> None:
         raise _unsupported("model", expected=_names(), got=type(model).__name__)
     for host in hosts:
         _check_settings(host, _served_family_of(host))
-        _check_dtype(host)
+        check_dtype(host)
 
 
 def hosts_in(model: nn.Module) -> Iterator[PreTrainedModel]:
@@ -68,7 +68,14 @@ def _decoder_config(host: PreTrainedModel) -> Any:
 
 def _check_settings(host: PreTrainedModel, family: Family) -> None:
     config = _decoder_config(host)
-    head_dim = KVShape.of(config).head_dim
+    shape = KVShape.of(config)
+    head_dim = shape.head_dim
+    if config.num_attention_heads % shape.num_kv_heads != 0:
+        raise _unsupported(
+            "num_key_value_heads",
+            expected=f"a divisor of the {config.num_attention_heads} query heads",
+            got=str(shape.num_kv_heads),
+        )
     if not is_supported_head_dim(head_dim):
         raise _unsupported("head_dim", expected=HEAD_DIM_RULE, got=str(head_dim))
     if host.training and config.attention_dropout:
@@ -102,7 +109,8 @@ def _check_windows(config: Any, family: Family) -> None:
         raise _unsupported("attention_chunk_size", expected="None", got=str(config.attention_chunk_size))
 
 
-def _check_dtype(host: PreTrainedModel) -> None:
+def check_dtype(host: PreTrainedModel) -> None:
+    """Raises DtypeError if the kernels do not compute in a model's dtype."""
     # The embeddings set the dtype of the hidden states; quantized layers compute in it, whatever they store.
     dtype = host.get_input_embeddings().weight.dtype
     if dtype not in SUPPORTED_DTYPES:

@@ -104,21 +104,40 @@ def check_sequence_bounds(bounds: Any, key_bounds: Any, attention_mask: Tensor |
     """Raises MaskError if cu_seq_lens_q is malformed, or beside an attention mask, past tokens or another
     cu_seq_lens_k."""
     got = None
-    if not isinstance(bounds, Tensor) or bounds.dim() != 1 or bounds.dtype != torch.int32:
+    if not isinstance(bounds, Tensor) or bounds.dim() != 1 or len(bounds) < 2 or bounds.dtype != torch.int32:
         got = f"{bounds.dtype} {list(bounds.shape)}" if isinstance(bounds, Tensor) else f"a {type(bounds).__name__}"
     elif attention_mask is not None and not (is_sequence_bounds(attention_mask) or is_flag(attention_mask)):
         got = "an attention_mask beside it"
     elif has_past:
-        got = "past tokens beside it"
+        got = "past tokens, or a cache with room for more than these, beside it"
+    elif key_bounds is not None and not isinstance(key_bounds, Tensor):
+        got = f"a {type(key_bounds).__name__} as cu_seq_lens_k beside it"
     elif key_bounds is not None and key_bounds.shape != bounds.shape:
         got = f"another cu_seq_lens_k {list(key_bounds.shape)} beside it"
     if got is not None:
-        raise MaskError.explain(
-            "cu_seq_lens_q",
-            expected="int32 [N + 1], the bounds of N sequences of new tokens that tell all of the mask",
-            got=got,
-            fix="Pass what DataCollatorWithFlattening(return_flash_attn_kwargs=True) returns, and no mask or cache.",
-        )
+        raise _bounds_error(got)
+
+
+def check_bound_values(bounds: Tensor, key_bounds: Tensor | None, *, num_rows: int) -> None:
+    """Raises MaskError unless bounds rise from 0 to num_rows, and key_bounds are the same. While tracing the device
+    raises; else the host reads them, so this is for once a call."""
+    are_good = (bounds[0] == 0) & (bounds[-1] == num_rows) & (bounds[1:] >= bounds[:-1]).all()
+    if key_bounds is not None:
+        are_good = are_good & (key_bounds == bounds).all()
+    if torch.compiler.is_compiling():
+        torch._assert_async(are_good, "flashcore: cu_seq_lens_q does not rise from 0 to the tokens of the batch.")
+    elif not are_good:
+        beside = "" if key_bounds is None else f", cu_seq_lens_k {key_bounds.tolist()}"
+        raise _bounds_error(f"{bounds.tolist()}{beside} for {num_rows} tokens")
+
+
+def _bounds_error(got: str) -> MaskError:
+    return MaskError.explain(
+        "cu_seq_lens_q",
+        expected="int32 [N + 1], the bounds of N sequences of new tokens that tell all of the mask",
+        got=got,
+        fix="Pass what DataCollatorWithFlattening(return_flash_attn_kwargs=True) returns, and no mask or cache.",
+    )
 
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, *options: Any) -> Tensor:

@@ -94,14 +94,15 @@ def make_model(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     implementation: str | None = None,
+    **settings: Any,
 ) -> PreTrainedModel:
-    """A two-layer causal LM; every call gives the same weights.
+    """A two-layer causal LM, with some settings changed; every call gives the same weights.
 
     Unless told otherwise it runs on Hugging Face's sdpa, or on eager where sdpa leaves out what the family uses.
     """
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(make_config(family))
+        model = AutoModelForCausalLM.from_config(make_config(family, **settings))
     model.set_attn_implementation(implementation or ("eager" if family in _EAGER_FAMILIES else "sdpa"))
     return model.to(device=device, dtype=dtype).eval()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from flashcore_ops import make_static_cache, restore_attention
-from flashcore_ops.errors import FlashCoreError, GradientError, MaskError, OptionError
+from flashcore_ops.errors import DtypeError, FlashCoreError, GradientError, MaskError, OptionError
 from flashcore_ops.integrations.cache_guard import check_early
 from flashcore_ops.integrations.transformers import replace_llama_attention_with_flashcore as patch
 from tests.integrations.models import CACHES, FAMILIES, PROMPT_LEN, make_batch, make_model, static_cache
@@ -53,6 +54,25 @@ def with_a_mask_too_narrow(model: PreTrainedModel, inputs: dict[str, Any]) -> An
     return model(**inputs, attention_mask=torch.ones(batch, heads, query_len, 7, dtype=torch.bool))
 
 
+def with_a_mask_for_each_kind_of_layer(model: PreTrainedModel, inputs: dict[str, Any]) -> Any:
+    batch, heads, query_len, _ = mask_shape(inputs)
+    mask = torch.ones(batch, heads, query_len, 7, dtype=torch.bool)
+    kinds = set(getattr(model.config, "layer_types", None) or ()) or {"full_attention"}
+    masks = dict.fromkeys(kinds, mask) if hasattr(model.config, "layer_types") else mask
+    return model(**inputs, attention_mask=masks)
+
+
+def with_a_mask_of_our_shape(model: PreTrainedModel, inputs: dict[str, Any]) -> Any:
+    return model(**inputs, attention_mask=torch.zeros(1, 1, 1, 2, dtype=torch.int32))
+
+
+def with_another_dtype(model: PreTrainedModel, inputs: dict[str, Any]) -> Any:
+    try:
+        return model.double()(**inputs)
+    finally:
+        model.float()
+
+
 def mask_shape(inputs: dict[str, Any]) -> tuple[int, int, int, int]:
     query_len = inputs["input_ids"].shape[1]
     return 1, 1, query_len, inputs["past_key_values"].get_mask_sizes(query_len, 0)[0]
@@ -69,6 +89,9 @@ REFUSED: dict[Call, tuple[type[FlashCoreError], str]] = {
     with_a_mask_of_integers: (MaskError, "int64"),
     with_a_mask_of_another_dtype: (MaskError, "float16"),
     with_a_mask_too_narrow: (MaskError, "broadcasts"),
+    with_a_mask_for_each_kind_of_layer: (MaskError, "broadcasts"),
+    with_a_mask_of_our_shape: (MaskError, "int32"),
+    with_another_dtype: (DtypeError, "float64"),
     packed_behind_past_tokens: (MaskError, "past tokens"),
 }
 
@@ -125,6 +148,21 @@ def test_a_mask_that_fits_some_layers_alone(family: str, cache: str) -> None:
         with pytest.raises(MaskError, match="broadcasts"):
             model(ids[:, :3], past_key_values=past, attention_mask=torch.ones(1, 1, 3, width, dtype=torch.bool))
         assert {int(layer.get_seq_length()) for layer in past.layers} == {20}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_arguments_by_position_are_looked_at_too(family: str) -> None:
+    model = patch(make_model(family))
+    stack, ids, past = model.base_model, make_batch()["input_ids"], DynamicCache(config=model.config)
+    stack(ids, past_key_values=past)
+    mask = torch.ones(1, 1, 3, 5, dtype=torch.bool)
+    with pytest.raises(MaskError, match="broadcasts"):
+        stack(ids[:, :3], mask, past_key_values=past)
+    names = list(inspect.signature(stack.forward).parameters)
+    arguments = [None] * (names.index("past_key_values") - 1)
+    with torch.enable_grad(), pytest.raises(GradientError):
+        stack(ids[:, :3], *arguments, past)
+    assert {int(layer.get_seq_length()) for layer in past.layers} == {PROMPT_LEN}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

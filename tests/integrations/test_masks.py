@@ -217,6 +217,10 @@ class TestDecodeStepsOnAGpu:
         (torch.ones(1, 1, 13, 13, dtype=torch.int64), "dtype bool"),
         (torch.ones(1, 1, 13, 13, dtype=torch.float16), "dtype bool"),
         (torch.ones(1, 1, 13, 13, dtype=torch.int32), "2-D padding mask"),
+        # Of the shapes that ours have.
+        (torch.ones(1, 1, 1, 13, dtype=torch.int32), "2-D padding mask"),
+        (torch.zeros(1, 1, 1, 2, dtype=torch.int32), "2-D padding mask"),
+        (torch.ones(1, 1, 1, 1, dtype=torch.int32), "2-D padding mask"),
     ],
 )
 def test_malformed_masks_are_refused(mask: Tensor, message: str) -> None:

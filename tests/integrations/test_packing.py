@@ -136,7 +136,14 @@ BOUNDS = torch.tensor([0, 6, PROMPT_LEN], dtype=torch.int32)
         ({"cu_seq_lens_q": BOUNDS.long()}, r"got torch\.int64 \[3\]"),
         ({"cu_seq_lens_q": BOUNDS[None]}, r"got torch\.int32 \[1, 3\]"),
         ({"cu_seq_lens_q": BOUNDS.tolist()}, "got a list"),
+        ({"cu_seq_lens_q": BOUNDS[:0]}, r"got torch\.int32 \[0\]"),
         ({"cu_seq_lens_q": BOUNDS, "cu_seq_lens_k": BOUNDS[:2]}, r"another cu_seq_lens_k \[2\]"),
+        ({"cu_seq_lens_q": BOUNDS, "cu_seq_lens_k": BOUNDS.tolist()}, "a list as cu_seq_lens_k"),
+        ({"cu_seq_lens_q": BOUNDS, "cu_seq_lens_k": BOUNDS.clamp(max=9)}, r"cu_seq_lens_k \[0, 6, 9\] for 13 tokens"),
+        ({"cu_seq_lens_q": BOUNDS[:2]}, r"got \[0, 6\] for 13 tokens"),
+        ({"cu_seq_lens_q": BOUNDS[1:]}, r"got \[6, 13\] for 13 tokens"),
+        ({"cu_seq_lens_q": BOUNDS + BOUNDS.gt(6).int() * 7}, r"got \[0, 6, 20\] for 13 tokens"),
+        ({"cu_seq_lens_q": BOUNDS[[0, 2, 1, 2]]}, r"got \[0, 13, 6, 13\] for 13 tokens"),
         ({"cu_seq_lens_q": BOUNDS, "attention_mask": torch.arange(PROMPT_LEN)[None] > 2}, "an attention_mask"),
         ({"cu_seq_lens_q": BOUNDS, "attention_mask": torch.ones(1, PROMPT_LEN)}, "an attention_mask"),
         ({"cu_seq_lens_q": BOUNDS, "attention_mask": torch.ones(1, 1, 13, 13, dtype=torch.bool)}, "an attention_mask"),
@@ -147,13 +154,21 @@ def test_malformed_bounds_are_refused(arguments: dict[str, Any], got: str) -> No
         patch(make_model())(make_batch()["input_ids"], **arguments)
 
 
+def test_traced_bounds_that_are_not_the_batches_raise() -> None:
+    model, ids = patch(make_model()), make_batch()["input_ids"]
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    compiled(ids, cu_seq_lens_q=BOUNDS, use_cache=False)
+    with pytest.raises(RuntimeError, match="cu_seq_lens_q does not rise from 0"):
+        compiled(ids, cu_seq_lens_q=BOUNDS.clamp(max=9), use_cache=False)
+
+
 @pytest.mark.parametrize("cache", CACHES)
 def test_bounds_beside_past_tokens_are_refused(cache: str) -> None:
     model, ids = patch(make_model()), make_batch()["input_ids"]
     past = make_static_cache(model, 1, 20) if cache == "static" else DynamicCache()
     model(ids, past_key_values=past)
     bounds = torch.tensor([0, 1], dtype=torch.int32)
-    with pytest.raises(MaskError, match=r"cu_seq_lens_q: .*(past tokens|attention_mask) beside it"):
+    with pytest.raises(MaskError, match=r"cu_seq_lens_q: .*(past tokens, .*|attention_mask) beside it"):
         model(ids[:, :1], past_key_values=past, cu_seq_lens_q=bounds)
 
 

@@ -42,6 +42,32 @@ def test_greedy_tokens_equal_hugging_faces(
     assert actual.tolist() == expected.tolist()
 
 
+_LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.5] * 3, "long_factor": [4.0] * 6}
+# What checkpoints of the families have beyond the models of FAMILIES.
+SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama 3's rotation": ("llama", {"rope_parameters": _LLAMA3 | {"original_max_position_embeddings": 16}}),
+    "qwen2 28:4": ("qwen2", {"hidden_size": 448, "num_attention_heads": 28, "num_key_value_heads": 4}),
+    "phi3 longrope over part of a head": (
+        "phi3",
+        {"rope_parameters": _LONGROPE | {"original_max_position_embeddings": 16, "partial_rotary_factor": 0.75}},
+    ),
+    "gpt-neox one after the other": ("gpt-neox", {"use_parallel_residual": False, "attention_bias": False}),
+    "granite's multipliers": ("granite", {"residual_multiplier": 0.22, "logits_scaling": 8.0}),
+    "cohere without norms": ("cohere", {"use_qk_norm": False, "attention_bias": True}),
+    "qwen3-moe, odd": ("qwen3-moe", {"num_experts": 5, "num_experts_per_tok": 3, "mlp_only_layers": [0]}),
+}
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_of_checkpoints(name: str, cache: str) -> None:
+    family, settings = SETTINGS[name]
+    model, batch = make_model(family, **settings), make_batch("left-padded")
+    expected = generate(model, batch, cache_implementation=cache)
+    assert generate(patch(model), batch, cache_implementation=cache).tolist() == expected.tolist()
+
+
 @pytest.mark.filterwarnings("ignore:FlashCore")
 @pytest.mark.parametrize("kind", ALL_BATCHES)
 @pytest.mark.parametrize(("family", "implementation"), REFERENCES)

@@ -106,6 +106,11 @@ def _mistral(**settings: Any) -> PreTrainedModel:
         (lambda: _llama(hidden_size=32), UnsupportedModelError, "head_dim: .* multiple of 8 from 16 to 256, got 8"),
         (lambda: _llama(head_dim=20), UnsupportedModelError, "head_dim: .*, got 20"),
         (lambda: _llama(head_dim=512), UnsupportedModelError, "head_dim: .*, got 512"),
+        (
+            lambda: _llama(num_key_value_heads=3),
+            UnsupportedModelError,
+            "num_key_value_heads: .*divisor of the 4 .* got 3",
+        ),
         (lambda: _llama(attention_dropout=0.1).train(), UnsupportedModelError, r"attention_dropout.*model\.eval"),
         (lambda: _llama(attn_implementation="eager", output_attentions=True), UnsupportedModelError, "output_att"),
         (lambda: _llama(sliding_window=8), UnsupportedModelError, "sliding_window: expected None for the Llama"),
