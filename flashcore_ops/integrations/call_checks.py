@@ -69,7 +69,7 @@ def check_mask(
 
 
 def mark_channel(mask: Tensor) -> Tensor:
-    """Marks an int32 mask as ours, for `check_not_a_channel`; not while tracing."""
+    """Marks an int32 mask as ours, for `check_not_a_channel`. One that is made while tracing is no caller's."""
     if not torch.compiler.is_compiling():
         setattr(mask, _MARK, True)
     return mask
@@ -78,11 +78,10 @@ def mark_channel(mask: Tensor) -> Tensor:
 def check_not_a_channel(mask: Any) -> None:
     """Raises MaskError for a caller's own int32 mask in four dimensions, which by its shape could be one of ours.
 
-    Those that come from the caller all the same are what `generate` had us make. Compiled calls are not told apart.
+    Those that come from the caller all the same are what `generate` had us make.
     """
-    if torch.compiler.is_compiling() or not isinstance(mask, Tensor) or hasattr(mask, _MARK):
-        return
-    if mask.dim() == 4 and mask.dtype == torch.int32:
+    is_like_ours = isinstance(mask, Tensor) and mask.dim() == 4 and mask.dtype == torch.int32
+    if is_like_ours and not getattr(mask, _MARK, False):
         raise _mask_error(f"int32 {list(mask.shape)}")
 
 

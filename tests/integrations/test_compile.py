@@ -10,7 +10,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import DynamicCache
 
-from flashcore_ops.errors import OptionError, UnsupportedModelError
+from flashcore_ops.errors import MaskError, OptionError, UnsupportedModelError
+from flashcore_ops.integrations.masks import pack_range
 from flashcore_ops.integrations.transformers import replace_llama_attention_with_flashcore as patch
 from flashcore_ops.integrations.transformers import restore_attention
 from tests.integrations.models import (
@@ -183,6 +184,22 @@ def _each_alone(model: Any, ids: Tensor, positions: Tensor, lengths: tuple[int, 
     return torch.cat([model(part, position_ids=rows, use_cache=False).logits for part, rows in parts], dim=1)
 
 
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_compiled_packed_prompt_fills_a_cache(family: str, cache: str) -> None:
+    """Of exactly its width, if the cache is static. Both are Hugging Face's."""
+    model, ids = make_model(family), make_batch()["input_ids"]
+    positions = torch.cat([torch.arange(6), torch.arange(7)])[None]
+    expected = _each_alone(model, ids, positions, (6, 7))
+    compiled = torch.compile(patch(model), fullgraph=True, backend="eager")
+    past = static_cache(model, PROMPT_LEN) if cache == "static" else DynamicCache(config=model.config)
+    bounds = torch.tensor([0, 6, 13], dtype=torch.int32)
+    actual = compiled(ids, position_ids=positions, cu_seq_lens_q=bounds, past_key_values=past).logits
+    torch.testing.assert_close(actual, expected)
+    assert actual.argmax(-1).tolist() == expected.argmax(-1).tolist()
+    assert int(past.get_seq_length()) == PROMPT_LEN
+
+
 @pytest.mark.parametrize("has_positions", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_compiled_packed_sequences_equal_hugging_faces(family: str, has_positions: bool) -> None:
@@ -237,6 +254,22 @@ def test_traced_bidirectional_models_take_the_dense_path(family: str) -> None:
         actual = torch.compile(patch(model), fullgraph=True, backend=recorder)(**batch, use_cache=False).logits[rows]
     assert recorder.count("flashcore.attention") == 0
     torch.testing.assert_close(actual, expected)
+
+
+def test_int32_masks_are_told_from_the_channel() -> None:
+    """`generate` makes masks ahead of a compiled call, and they may have the shape of a caller's."""
+    model, ids, recorder = patch(make_model()), make_batch()["input_ids"], Recorder()
+    compiled = torch.compile(model, fullgraph=True, backend=recorder)
+    ours = pack_range(torch.tensor([4]), end=PROMPT_LEN)
+    expected = model(ids, attention_mask=ours, use_cache=False).logits
+    torch.testing.assert_close(compiled(ids, attention_mask=ours, use_cache=False).logits, expected)
+    assert recorder.count("flashcore.attention") == 2
+    for mask in (ours.clone(), torch.ones(1, 1, 1, PROMPT_LEN, dtype=torch.int32)):
+        # Dynamo's own error, where it is the tracing that meets the mask.
+        with pytest.raises((MaskError, RuntimeError)):
+            compiled(ids, attention_mask=mask, use_cache=False)
+        with pytest.raises(MaskError, match="int32"):
+            torch.compile(model, backend="eager")(ids, attention_mask=mask, use_cache=False)
 
 
 def test_typed_errors_keep_their_text() -> None:
