@@ -108,11 +108,12 @@ def _attend(
 
 
 def _clear_unseen(attention_mask: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values with zeros where no row of a batch may look: NaN there, times a weight of 0, is NaN."""
+    """Keys and values with zeros for what is not finite where no row of a batch may look: times a weight of 0 it
+    is NaN. The rest stays, for a row that sees nothing takes the mean of all values in eager attention."""
     is_visible = attention_mask if attention_mask.dtype == torch.bool else attention_mask > -torch.inf
     # [B, 1, S, 1]
     is_seen = is_visible.any(dim=2).any(dim=1)[:, None, :, None]
-    return torch.where(is_seen, key, 0), torch.where(is_seen, value, 0)
+    return torch.where(is_seen | key.isfinite(), key, 0), torch.where(is_seen | value.isfinite(), value, 0)
 
 
 def check_dense_mask(attention_mask: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:

@@ -18,6 +18,7 @@ from tests.integrations.models import (
     CACHES,
     FAMILIES,
     PROMPT_LEN,
+    VOCABULARY,
     error_bar,
     generate,
     make_batch,
@@ -55,6 +56,19 @@ def test_right_padding_and_holes_take_the_dense_path(kind: str, family: str, cac
     patch(model)
     actual = _with_one_warning("right padding or holes", lambda: generate(model, batch, cache_implementation=cache))
     assert actual.tolist() == expected.tolist()
+
+
+@pytest.mark.filterwarnings("ignore:FlashCore")
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_of_real_tokens(family: str, cache: str, device: str) -> None:
+    """The embedding of padding is zeros. Behind more padding than the window, where a row sees nothing, eager
+    attention takes the mean of all values, so those of other tokens show."""
+    model, batch = make_model(family, device), make_batch("right-padded", device)
+    tokens = torch.randint(2, VOCABULARY, batch["input_ids"].shape, generator=torch.Generator().manual_seed(1))
+    batch["input_ids"] = tokens.to(device)
+    expected = generate(model, batch, cache_implementation=cache)
+    assert generate(patch(model), batch, cache_implementation=cache).tolist() == expected.tolist()
 
 
 @pytest.mark.filterwarnings("ignore:FlashCore")
