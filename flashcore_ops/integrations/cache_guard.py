@@ -72,12 +72,13 @@ def _check_before_appending(stack: Any, inputs: Tensor, masks: dict[str | None, 
     # The dense path serves gradients.
     if torch.is_grad_enabled() and not dense_masks:
         check_no_gradients(given.get("inputs_embeds"), *_parameters_before_the_last_attention(stack))
-    dtype = None if _is_cast(inputs) else stack.dtype
-    if dtype is not None:
+    is_cast = _is_cast(inputs)
+    if not is_cast:
         check_dtype(stack)
     if not dense_masks and given.get("cu_seq_lens_q") is None:
         return
     (batch, query_len), past = inputs.shape[:2], given["past_key_values"]
+    dtype = None if is_cast else stack.dtype
     kinds = [None] * len(stack.layers) if None in masks else stack.config.layer_types
     for kv_len, kind in dict.fromkeys((past.get_mask_sizes(query_len, i)[0], kind) for i, kind in enumerate(kinds)):
         shape = (batch, stack.config.num_attention_heads, query_len, kv_len)
