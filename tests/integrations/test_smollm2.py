@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from transformers import Cache, DynamicCache, StaticCache
 
-from flashcore_ops.integrations.transformers import replace_llama_attention_with_flashcore as patch
-from flashcore_ops.integrations.transformers import restore_attention
+from flashcore_ops.integrations.transformers import replace_llama_attention_with_flashcore, restore_attention
 from tests.conftest import DEVICES
 
 PROMPTS = (
@@ -48,11 +50,19 @@ def loaded(request: pytest.FixtureRequest, real_model: Path) -> Loaded:
     return Loaded(model, tokenizer)
 
 
+@contextmanager
+def patched(model: Any) -> Iterator[None]:
+    replace_llama_attention_with_flashcore(model)
+    try:
+        yield
+    finally:
+        restore_attention(model)
+
+
 def _run_both(loaded: Loaded, prompts: list[str], num_tokens: int) -> Runs:
     sdpa = loaded.write(prompts, num_tokens)
-    patch(loaded.model)
-    ours = loaded.write(prompts, num_tokens)
-    restore_attention(loaded.model)
+    with patched(loaded.model):
+        ours = loaded.write(prompts, num_tokens)
     return Runs(sdpa, ours)
 
 
@@ -90,32 +100,88 @@ def test_the_batch_has_rows_of_different_lengths(loaded: Loaded) -> None:
 
 
 def _likeliest(model: Any, **inputs: Any) -> torch.Tensor:
-    return model(**inputs, use_cache=False).logits.argmax(dim=-1)
+    return model(**inputs, use_cache="past_key_values" in inputs).logits.argmax(dim=-1)
+
+
+def _right_padded(loaded: Loaded) -> dict[str, torch.Tensor]:
+    padded = loaded.tokenizer(list(PROMPTS), return_tensors="pt", padding=True, padding_side="right")
+    return dict(padded.to(loaded.model.device))
+
+
+def _packed(right_padded: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same rows one after another, each by its positions."""
+    rows = right_padded["attention_mask"].bool()
+    positions = torch.cat([torch.arange(length, device=rows.device) for length in rows.sum(dim=1)])
+    return {"input_ids": right_padded["input_ids"][rows][None], "position_ids": positions[None]}
 
 
 @pytest.mark.filterwarnings("ignore:FlashCore")
 def test_right_padded_and_packed_prompts_are_scored_as_by_sdpa(loaded: Loaded) -> None:
     """The likeliest token behind every token of the prompts."""
-    model, tokenizer = loaded
-    padded = tokenizer(list(PROMPTS), return_tensors="pt", padding=True, padding_side="right").to(model.device)
+    model, padded = loaded.model, _right_padded(loaded)
     rows = padded["attention_mask"].bool()
     assert not rows.all()
-    lengths = rows.sum(dim=1)
-    positions = torch.cat([torch.arange(length, device=model.device) for length in lengths])
-    batches = ({**padded}, {"input_ids": padded["input_ids"][rows][None], "position_ids": positions[None]})
+    batches = (padded, _packed(padded))
     expected = [_likeliest(model, **batch) for batch in batches]
-    patch(model)
-    actual = [_likeliest(model, **batch) for batch in batches]
-    restore_attention(model)
+    with patched(model):
+        actual = [_likeliest(model, **batch) for batch in batches]
     assert actual[0][rows].tolist() == expected[0][rows].tolist()
     assert actual[1].tolist() == expected[1].tolist() == [actual[0][rows].tolist()]
+
+
+@contextmanager
+def compiled(model: Any) -> Iterator[Any]:
+    """The patched model in whole graphs; tests/gpu goes through Inductor too."""
+    torch._dynamo.reset()
+    with patched(model):
+        yield torch.compile(model, fullgraph=True, backend="eager")
+
+
+def _make_cache(kind: str, model: Any, max_cache_len: int) -> Cache:
+    return DynamicCache() if kind == "dynamic" else StaticCache(config=model.config, max_cache_len=max_cache_len)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_compiled_prompts_of_every_kind_are_scored_as_by_sdpa(loaded: Loaded, cache: str) -> None:
+    """Single, left-padded, right-padded and packed."""
+    right, packed = _right_padded(loaded), _packed(_right_padded(loaded))
+    left = dict(loaded.tokenizer(list(PROMPTS), return_tensors="pt", padding=True).to(loaded.model.device))
+    lengths = right["attention_mask"].sum(dim=1)
+    single = {name: tensor[:1, : lengths[0]] for name, tensor in right.items()}
+    packed["attention_mask"] = torch.ones_like(packed["input_ids"])
+    bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+    batches = (single, left, right, packed)
+    expected = [_likeliest(loaded.model, **batch) for batch in batches]
+    with compiled(loaded.model) as model:
+        for batch, sdpas in zip(batches, expected, strict=True):
+            past, seen = _make_cache(cache, loaded.model, batch["input_ids"].shape[1]), batch["attention_mask"].bool()
+            told = {"cu_seq_lens_q": bounds} if batch is packed else {}
+            assert _likeliest(model, **batch, **told, past_key_values=past)[seen].tolist() == sdpas[seen].tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS], ids=["single", "left-padded"])
+def test_compiled_steps_write_sdpas_tokens(loaded: Loaded, prompts: tuple[str, ...], cache: str) -> None:
+    num_tokens, tokens = 8, []
+    expected = loaded.write(list(prompts), num_tokens)
+    ids, mask = loaded.tokenizer(list(prompts), return_tensors="pt", padding=True).to(loaded.model.device).values()
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    past = _make_cache(cache, loaded.model, ids.shape[1] + num_tokens)
+    with compiled(loaded.model) as model:
+        for _ in range(num_tokens):
+            logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=past).logits
+            ids, positions = logits[:, -1:].argmax(-1), positions[:, -1:] + 1
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+            tokens.append(ids)
+    assert torch.cat(tokens, dim=1).tolist() == expected
 
 
 def test_a_static_cache_equals_sdpa(loaded: Loaded) -> None:
     inputs = loaded.tokenizer(list(PROMPTS[:2]), return_tensors="pt", padding=True).to(loaded.model.device)
     options = {"do_sample": False, "max_new_tokens": 8, "cache_implementation": "static", "disable_compile": True}
     expected = loaded.model.generate(**inputs, **options).tolist()
-    patch(loaded.model)
-    actual = loaded.model.generate(**inputs, **options).tolist()
-    restore_attention(loaded.model)
+    with patched(loaded.model):
+        actual = loaded.model.generate(**inputs, **options).tolist()
     assert actual == expected
