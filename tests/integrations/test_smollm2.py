@@ -145,19 +145,20 @@ def _make_cache(kind: str, model: Any, max_cache_len: int) -> Cache:
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_compiled_prompts_of_every_kind_are_scored_as_by_sdpa(loaded: Loaded, cache: str) -> None:
     """Single, left-padded, right-padded and packed."""
-    right, packed = _right_padded(loaded), _packed(_right_padded(loaded))
+    right = _right_padded(loaded)
+    packed = _packed(right)
     left = dict(loaded.tokenizer(list(PROMPTS), return_tensors="pt", padding=True).to(loaded.model.device))
     lengths = right["attention_mask"].sum(dim=1)
     single = {name: tensor[:1, : lengths[0]] for name, tensor in right.items()}
-    packed["attention_mask"] = torch.ones_like(packed["input_ids"])
-    bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
     batches = (single, left, right, packed)
     expected = [_likeliest(loaded.model, **batch) for batch in batches]
+    # Sequences that lie one after another are told to a compiled model by their bounds.
+    packed["cu_seq_lens_q"] = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
     with compiled(loaded.model) as model:
         for batch, sdpas in zip(batches, expected, strict=True):
-            past, seen = _make_cache(cache, loaded.model, batch["input_ids"].shape[1]), batch["attention_mask"].bool()
-            told = {"cu_seq_lens_q": bounds} if batch is packed else {}
-            assert _likeliest(model, **batch, **told, past_key_values=past)[seen].tolist() == sdpas[seen].tolist()
+            past = _make_cache(cache, loaded.model, batch["input_ids"].shape[1])
+            seen = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+            assert _likeliest(model, **batch, past_key_values=past)[seen].tolist() == sdpas[seen].tolist()
 
 
 @pytest.mark.slow
