@@ -6,6 +6,7 @@ Exit status: 0 all went well, 1 FlashCore was wrong or failed in some case, 2 th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -28,7 +29,7 @@ from bench.llama_cases import (
     prefill_cases,
 )
 from bench.llama_report import render_columns, render_decode
-from bench.llama_runs import Effort, measure_case
+from bench.llama_runs import EAGER_EFFORT, Effort, measure_case
 from bench.models import make_models
 from bench.report import render_skips
 from bench.results import DIRECTORY, Results, is_failure, make_meta, read_mergeable, write_results
@@ -83,7 +84,9 @@ def main(
     prefill_lengths: Annotated[str | None, typer.Option(help="The same of prefill; '' for none.")] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Turns of each implementation.", show_default="3")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of a loop.")] = Effort.tokens,
-    eager_tokens: Annotated[int, typer.Option(min=1, help="The same, eager.")] = Effort.eager_tokens,
+    eager_rounds: Annotated[
+        int | None, typer.Option(min=1, help="Turns of eager decode, of few tokens each.", show_default="15")
+    ] = None,
     output: Annotated[Path, typer.Option(help="Where <gpu>/llama.json goes.", show_default=False)] = DIRECTORY,
     commit: Annotated[str | None, typer.Option(help="Commit to record where the sources have no git history.")] = None,
     skip_compile_time: Annotated[bool, typer.Option("--skip-compile-time", help="Start no fresh processes.")] = False,
@@ -96,7 +99,8 @@ def main(
     decode_lengths = parse_integers(lengths, default=QUICK_LENGTHS if quick else LENGTHS)
     decode_batches = parse_integers(batches, default=QUICK_BATCHES if quick else BATCHES)
     prompt_lengths = parse_integers(prefill_lengths, default=QUICK_LENGTHS if quick else PREFILL_LENGTHS)
-    effort = Effort(rounds=rounds or (2 if quick else Effort.rounds), tokens=tokens, eager_tokens=eager_tokens)
+    effort = Effort(rounds=rounds or (2 if quick else Effort.rounds), tokens=tokens)
+    eager_effort = replace(EAGER_EFFORT, rounds=eager_rounds or (5 if quick else EAGER_EFFORT.rounds))
     if skip_compile_time and not (decode_batches and decode_lengths) and not prompt_lengths:
         raise typer.BadParameter("expected something to measure, got no lengths and --skip-compile-time")
     if not torch.cuda.is_available():
@@ -125,7 +129,13 @@ def main(
         if case.kind == "compile":
             results += measure_first_tokens(chosen, case, model=model, layers=layers)
         else:
-            results += measure_case(case, models, chosen, read_tbs=ceilings.read_tbs, effort=effort, gauge=gauge)
+            results += measure_case(
+                *(case, models, chosen),
+                read_tbs=ceilings.read_tbs,
+                effort=effort,
+                eager_effort=eager_effort,
+                gauge=gauge,
+            )
         console.print(f"measured {case}")
         # After every case, so that a run cut short keeps what it measured.
         path = write_results(output, bench, meta, results.rows, results.skips, kept=kept)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from statistics import median
 
@@ -25,14 +26,16 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is timed: rounds in which every implementation has a turn; tokens of a turn's unsynchronised loop and
-    its synchronised single steps, fewer for eager implementations, whose steps take far longer."""
+    """How much is timed: rounds in which every implementation has a turn; tokens of a turn's unsynchronised loop, and
+    its synchronised single steps."""
 
     rounds: int = 3
     tokens: int = 128
     steps: int = 16
-    eager_tokens: int = 16
-    eager_steps: int = 4
+
+
+# An eager step takes as long as the host does, whose pace may change by half within seconds: short turns, and many.
+EAGER_EFFORT = Effort(rounds=15, tokens=4, steps=4)
 
 
 @torch.no_grad()
@@ -42,12 +45,14 @@ def measure_case(
     implementations: Sequence[Implementation],
     read_tbs: float,
     effort: Effort,
+    eager_effort: Effort,
     gauge: Gauge,
 ) -> Results:
     """Rows and skips of a case; what fails as a whole is skipped for all implementations.
 
     Args:
         read_tbs: the GPU's measured rate, for the floor.
+        eager_effort: for the decode of eager implementations, which take turns among themselves.
     """
     results = Results()
     if case.kind == "decode":
@@ -55,7 +60,8 @@ def measure_case(
     reason = why_too_large(models.sizes.cache_bytes(case), gauge.free_bytes())
     try:
         if reason is None:
-            _measure_fitting(case, models, implementations, effort=effort, gauge=gauge, results=results)
+            efforts = {False: effort, True: eager_effort}
+            _measure_fitting(case, models, implementations, efforts=efforts, gauge=gauge, results=results)
     except Exception as error:
         reason = f"failed: {describe(error)}"
     finally:
@@ -71,7 +77,7 @@ def _measure_fitting(
     case: LlamaCase,
     models: Models,
     implementations: Sequence[Implementation],
-    effort: Effort,
+    efforts: Mapping[bool, Effort],
     gauge: Gauge,
     results: Results,
 ) -> None:
@@ -97,8 +103,15 @@ def _measure_fitting(
         decoders[implementation.name] = decoder
         results.rows.append(Row(case, implementation.name, "logits_rel_err", error))
         results.rows.append(Row(case, implementation.name, "peak_gib", (gauge.peak_bytes() - held_bytes) / GIB))
-    eager = {item.name for item in implementations if item.is_eager}
-    _time_in_turns(case, decoders, target, eager=eager, effort=effort, gauge=gauge, results=results)
+    if case.kind == "prefill":
+        time_turn = partial(time_prefill, target=target, gauge=gauge)
+        _time_in_turns(case, decoders, time_turn, rounds=efforts[False].rounds, results=results)
+        return
+    for is_eager, effort in efforts.items():
+        names = [item.name for item in implementations if item.is_eager == is_eager and item.name in decoders]
+        time_turn = partial(time_decode, length=case.length, tokens=effort.tokens, steps=effort.steps, gauge=gauge)
+        turns = {name: decoders[name] for name in names}
+        _time_in_turns(case, turns, time_turn, rounds=effort.rounds, results=results)
 
 
 def _build(
@@ -123,19 +136,17 @@ def _build(
 def _time_in_turns(
     case: LlamaCase,
     decoders: dict[str, Decoder],
-    target: Target,
-    eager: set[str],
-    effort: Effort,
-    gauge: Gauge,
+    time_turn: Callable[[Decoder], dict[str, float]],
+    rounds: int,
     results: Results,
 ) -> None:
     figures: dict[str, dict[str, list[float]]] = {name: {} for name in decoders}
-    for name in take_turns(list(decoders), effort.rounds):
+    for name in take_turns(list(decoders), rounds):
         if name not in figures:
             continue
         try:
             with uncollected():
-                turn = _time_turn(case, decoders[name], target, name in eager, effort, gauge)
+                turn = time_turn(decoders[name])
         except Exception as error:
             results.skips.append(Skip(case, name, f"failed: {describe(error)}"))
             del figures[name]
@@ -144,16 +155,6 @@ def _time_in_turns(
             figures[name].setdefault(metric, []).append(value)
     for name, metrics in figures.items():
         results.rows += [Row(case, name, metric, median(values)) for metric, values in metrics.items()]
-
-
-def _time_turn(
-    case: LlamaCase, decoder: Decoder, target: Target, is_eager: bool, effort: Effort, gauge: Gauge
-) -> dict[str, float]:
-    if case.kind == "prefill":
-        return time_prefill(decoder, target, gauge)
-    tokens = effort.eager_tokens if is_eager else effort.tokens
-    steps = effort.eager_steps if is_eager else effort.steps
-    return time_decode(decoder, case.length, tokens=tokens, steps=steps, gauge=gauge)
 
 
 def time_decode(decoder: Decoder, length: int, *, tokens: int, steps: int, gauge: Gauge) -> dict[str, float]:

@@ -9,6 +9,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 from transformers import LlamaConfig
 
+from bench import llama_runs
 from bench.decoders import FLASHCORE_LOOP, IMPLEMENTATIONS, layers_of
 from bench.gauge import CudaGauge
 from bench.llama_cases import MARGIN_BYTES, LlamaCase
@@ -72,6 +73,19 @@ def test_figures_of_a_decode_case(models, compiled):
     # The keys and values that others share are not its own.
     cache_gib = models.sizes.cache_bytes(DECODE) / 2**30
     assert figures["hf_eager", "peak_gib"] == pytest.approx(3.0 - cache_gib)
+
+
+def test_eager_decoders_take_short_turns_among_themselves(models, compiled, monkeypatch):
+    turns = []
+
+    def note(decoder, length, *, tokens, steps, gauge):
+        turns.append((id(decoder), tokens, steps))
+        return {}
+
+    monkeypatch.setattr(llama_runs, "time_decode", note)
+    measure(DECODE, models, [HF_EAGER, COMPILED, EAGER])
+    assert [effort for _, *effort in turns] == [[8, 4]] * 2 + [[3, 2]] * 6
+    assert [len({decoder for decoder, *_ in turns[start : start + 2]}) for start in (0, 2, 4, 6)] == [1, 2, 2, 2]
 
 
 def test_figures_of_a_prefill_case(models):

@@ -23,7 +23,8 @@ TINY = LlamaConfig(
     initializer_range=0.3,
     tie_word_embeddings=False,
 )
-EFFORT = Effort(rounds=2, tokens=8, steps=4, eager_tokens=3, eager_steps=2)
+EFFORT = Effort(rounds=2, tokens=8, steps=4)
+EAGER_EFFORT = Effort(rounds=3, tokens=3, steps=2)
 HF_EAGER, HF_COMPILED, EAGER, COMPILED, LOOP = IMPLEMENTATIONS
 DECODE = LlamaCase("decode", "tiny", layers=2, batch=3, length=24, capacity=128)
 PREFILL = LlamaCase("prefill", "tiny", layers=2, batch=1, length=24, capacity=128)
@@ -53,8 +54,14 @@ class FakeGauge:
         return 3 * 2**30
 
 
-def measure(case, models, implementations, gauge=None, effort=EFFORT):
-    return measure_case(case, models, implementations, read_tbs=3.0, effort=effort, gauge=gauge or FakeGauge())
+def measure(case, models, implementations, gauge=None):
+    return measure_case(
+        *(case, models, implementations),
+        read_tbs=3.0,
+        effort=EFFORT,
+        eager_effort=EAGER_EFFORT,
+        gauge=gauge or FakeGauge(),
+    )
 
 
 def values(results, case):
