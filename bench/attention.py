@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 
 from bench import eager, first_call
+from bench.attention_marks import MARKS
 from bench.attention_runs import measure_cases
 from bench.case_groups import GROUPS, QUICK
 from bench.cases import Case
@@ -26,7 +27,7 @@ from bench.first_call import measure_first_call
 from bench.harness import Ceilings, measure_ceilings, time_interleaved
 from bench.peers import IMPLEMENTATIONS, SHOWN
 from bench.plots import write_plots_of
-from bench.report import render_group, render_host, render_skips, render_summary
+from bench.report import render_group, render_host, render_marks, render_skips
 from bench.results import DIRECTORY, Results, is_failure, make_meta, read_mergeable, write_results
 
 # What the host does, measured last: its processes have the GPU beside this one's.
@@ -113,7 +114,7 @@ def main(
         console.print(*render_group(group, cases, [FLOOR, *(item.name for item in SHOWN)], figures))
     if host_groups:
         console.print(render_host([*eager.CASES, *first_call.CASES.values()], eager.IMPLS, figures))
-    console.print(*render_summary(figures))
+    console.print(*render_marks(MARKS, figures))
     for line in render_skips(results.skips):
         console.print(line, soft_wrap=True, markup=False)
     plots = write_plots_of(path.parent) if find_spec("matplotlib") else []

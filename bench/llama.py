@@ -5,6 +5,7 @@ Exit status: 0 all went well, 1 FlashCore was wrong or failed in some case, 2 th
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import typer
 from rich.console import Console
 
 from bench.decoders import IMPLEMENTATIONS, Implementation
+from bench.figures import Figures
 from bench.first_token import measure_first_tokens
 from bench.gauge import CudaGauge
 from bench.harness import measure_ceilings
@@ -28,10 +30,11 @@ from bench.llama_cases import (
     decode_cases,
     prefill_cases,
 )
+from bench.llama_marks import MARKS
 from bench.llama_report import render_columns, render_decode
 from bench.llama_runs import EAGER_EFFORT, Effort, measure_case
-from bench.models import make_models
-from bench.report import render_skips
+from bench.models import LLAMA_3_1_8B, make_models
+from bench.report import render_marks, render_skips
 from bench.results import DIRECTORY, Results, is_failure, make_meta, read_mergeable, write_results
 
 NAMES = tuple(item.name for item in IMPLEMENTATIONS)
@@ -143,6 +146,8 @@ def main(
     console.print(render_decode(decode, names, results.rows))
     console.print(render_columns("Prefill", prefill, names, results.rows, metrics=["prefill_ms", "peak_gib"]))
     console.print(render_columns("First token", first_token, names, results.rows, metrics=["cold_ms", "warm_ms"]))
+    if models.name == LLAMA_3_1_8B:
+        console.print(*render_marks(MARKS, Figures.of(json.loads(path.read_text()))))
     for line in render_skips(results.skips):
         console.print(line, soft_wrap=True, markup=False)
     console.print(f"wrote {path}", soft_wrap=True, markup=False)

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from rich import box
 from rich.table import Table
 
-from bench.case_groups import DECODE
 from bench.cases import Case, HostCase
 from bench.figures import Figures
-from bench.marks import MARKS, judge_marks
+from bench.marks import Mark, judge_marks
 from bench.results import Skip
 
 # Cases of a skip that are named; the others are counted.
@@ -61,13 +60,15 @@ def render_host(cases: Sequence[HostCase], names: Sequence[str], figures: Figure
     return table
 
 
-def render_summary(figures: Figures) -> list[Table | str]:
-    """The geometric mean over the decode table, and each mark that has figures: its bound, the worst figure with its
-    case, and whether it holds. Marks with cases that were not measured are open unless one breaks the bound."""
+def render_marks(marks: Sequence[Mark], figures: Figures) -> list[Table | str]:
+    """Each mark that has figures: its bound, the worst figure with its case, and whether it holds; and how many do.
+
+    Marks with cases that were not measured are open unless one breaks the bound.
+    """
     table = _empty_table("Marks")
     for heading in ("mark", "bound", "worst", "at", "measured", "holds"):
         table.add_column(heading)
-    verdicts = judge_marks(MARKS, figures)
+    verdicts = judge_marks(marks, figures)
     for verdict in verdicts:
         if verdict.measured:
             worst, case = verdict.measured[0]
@@ -75,8 +76,7 @@ def render_summary(figures: Figures) -> list[Table | str]:
             table.add_row(verdict.mark.claim, verdict.mark.bound, figure(worst), case, measured, HOLDS[verdict.holds])
     counts = Counter(HOLDS[verdict.holds] for verdict in verdicts)
     held = ", ".join(f"{counts[word]} {word}" for word in HOLDS.values())
-    mean = _cell(figures.mean_speedup(DECODE))
-    return [f"decode table, geometric mean of the speed over the best peer's: {mean}", table, f"marks: {held}"]
+    return [table, f"marks: {held}"]
 
 
 def render_skips(skips: Sequence[Skip]) -> list[str]:

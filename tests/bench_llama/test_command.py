@@ -14,7 +14,9 @@ from typer.testing import CliRunner
 
 from bench import first_token, fresh_process, llama
 from bench.llama_cases import compile_case
+from bench.llama_marks import FIRST_TOKEN, MARKS
 from bench.llama_report import render_columns, render_decode
+from bench.models import LLAMA_3_1_8B
 from bench.results import Results, Row, Skip, merge, read_mergeable, write_results
 from tests.bench_llama.tiny import CEILINGS, COMPILED, DECODE, EAGER, LOOP, PREFILL, FakeGauge
 
@@ -96,8 +98,17 @@ def _app():
     return app
 
 
+@pytest.fixture
+def some_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(name="Some GPU"))
+    monkeypatch.setattr(llama, "CudaGauge", FakeGauge)
+    monkeypatch.setattr(llama, "measure_ceilings", lambda repeats: CEILINGS)
+
+
 @pytest.mark.parametrize(("failing", "status"), [("hf_eager", 0), ("flashcore_eager", 1)])
-def test_command(monkeypatch, tmp_path, models, failing, status):
+def test_command(some_gpu, monkeypatch, tmp_path, models, failing, status):
     """The command around the measurements, which are made up, in two runs of one commit."""
     measured = []
 
@@ -110,11 +121,6 @@ def test_command(monkeypatch, tmp_path, models, failing, status):
         return Results(rows, [Skip(case, failing, "failed: [odd] text")])
 
     first_tokens = Results([Row(compile_case("tiny", 2), "flashcore_eager", "cold_ms", 1234.0)])
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(name="Some GPU"))
-    monkeypatch.setattr(llama, "CudaGauge", FakeGauge)
-    monkeypatch.setattr(llama, "measure_ceilings", lambda repeats: CEILINGS)
     monkeypatch.setattr(llama, "make_models", lambda *_: models)
     monkeypatch.setattr(llama, "measure_case", measure_nothing)
     monkeypatch.setattr(llama, "measure_first_tokens", lambda *_, **__: first_tokens)
@@ -132,6 +138,18 @@ def test_command(monkeypatch, tmp_path, models, failing, status):
     CliRunner().invoke(_app(), [*common, "--lengths", "64", "--prefill-lengths", "", "--skip-compile-time"])
     assert measured[5:] == [(1, 64, 128)]
     assert len(json.loads(path.read_text())["rows"]) == 7
+    # They are those of another model.
+    assert "marks:" not in finished.output
+
+
+def test_marks_are_judged(some_gpu, monkeypatch, tmp_path, models):
+    first_tokens = Results([Row(FIRST_TOKEN, "flashcore_loop", "cold_ms", 1234.0)])
+    monkeypatch.setattr(llama, "make_models", lambda *_: replace(models, name=LLAMA_3_1_8B))
+    monkeypatch.setattr(llama, "measure_first_tokens", lambda *_, **__: first_tokens)
+    finished = CliRunner().invoke(_app(), ["--lengths", "", "--prefill-lengths", "", "--output", str(tmp_path)])
+    assert finished.exit_code == 0, finished.output
+    assert "first token, cold: ms" in finished.output
+    assert f"marks: 1 yes, 0 NO, {len(MARKS) - 1} open" in finished.output
 
 
 def test_first_tokens_come_from_fresh_processes_with_fresh_caches(monkeypatch, tmp_path):
