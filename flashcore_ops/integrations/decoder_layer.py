@@ -278,11 +278,13 @@ def is_hooked(module: nn.Module) -> bool:
     own = module.__dict__
     if "forward" in own or own.get("_compiled_call_impl") is not None:
         return True
-    if any(hook is not check_early for hook in own["_forward_pre_hooks"].values()):
-        return True
     if _global_forward_hooks or _global_forward_pre_hooks:
         return True
-    if not own["_forward_hooks"]:
+    before, after = own["_forward_pre_hooks"], own["_forward_hooks"]
+    # Asked of hundreds of modules at every eager step, and traced as often.
+    if not before and not after:
         return False
     # transformers leaves its recorders in place after a call that asked for attention weights or hidden states.
-    return any(getattr(hook, "__name__", "") != "output_capturing_hook" for hook in own["_forward_hooks"].values())
+    return any(hook is not check_early for hook in before.values()) or any(
+        getattr(hook, "__name__", "") != "output_capturing_hook" for hook in after.values()
+    )
