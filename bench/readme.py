@@ -24,6 +24,9 @@ ATTENTION = (
 Json = Mapping[str, Any]
 
 
+MODELS = ("flashcore_loop", "flashcore_compiled", "hf_compiled", "flashcore_eager", "hf_eager")
+
+
 @dataclass(frozen=True)
 class Table:
     """Which figures of a results file make a table.
@@ -58,8 +61,22 @@ TABLES = (
         title="Decode of a whole model, ms a token, and times the floor",
         takes=is_of_kind("decode"),
         metrics={"loop_ms": ""},
-        impls=(FLOOR, "flashcore_loop", "flashcore_compiled", "hf_compiled", "flashcore_eager", "hf_eager"),
+        impls=(FLOOR, *MODELS),
         has_ratios=True,
+    ),
+    Table(
+        bench="llama",
+        title="One decode step that the host waits for, ms",
+        takes=is_of_kind("decode"),
+        metrics={"step_ms": ""},
+        impls=MODELS,
+    ),
+    Table(
+        bench="llama",
+        title="Peak memory of decode, weights and cache included, GiB",
+        takes=is_of_kind("decode"),
+        metrics={"peak_gib": ""},
+        impls=MODELS,
     ),
     Table(
         bench="llama",

@@ -73,6 +73,12 @@ Some GPU, reads 3.00 TB/s, multiplies 700 TFLOP/s; torch 2.11.0, triton 3.6.0; c
 | 1 x 2048 in 8192 slots | 5.00 | **5.50** (1.10x) | 100 (20.00x) |
 | 8 x 2048 | 5.50 | 6.00 (1.09x) | - |
 
+**One decode step that the host waits for, ms** (batch x length; 8b, 32 layers)
+
+| | FlashCore's loop |
+|---|---:|
+| 1 x 2048 | 6.00 |
+
 **Prefill of a whole model, ms** (batch x length; 8b, 32 layers)
 
 | | FlashCore, compiled | Hugging Face, compiled |
