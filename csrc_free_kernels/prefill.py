@@ -53,7 +53,7 @@ def _prefill_kernel(
     MASK_D: tl.constexpr = D != BLOCK_D
     MASK_DV: tl.constexpr = Dv != BLOCK_DV
     num_row_tiles = tl.num_programs(0) // (B * Hq)
-    i_bh, i_m = tile_order.head_and_row_tile(tl.program_id(0), B * Hq, section_heads, num_row_tiles)
+    i_bh, i_m = tile_order.head_and_row_tile(tl.program_id(0), B * Hq // section_heads, section_heads, num_row_tiles)
     i_b = (i_bh // Hq).to(tl.int64)
     i_h = i_bh % Hq
     if p_cu_seqlens is None:

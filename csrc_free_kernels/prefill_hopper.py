@@ -1,8 +1,8 @@
 """Prefill on Hopper, in Gluon: tiled attention with specialised warps (FlashAttention-3, arXiv 2407.08608).
 
-One group of four warps brings tiles in by the copy engine. Two more have half of a tile's query rows each: while the
-tensor cores multiply one tile of values, the next tile's scores become weights. Programs stay, and take tile after
-tile in the order of tile_order.py.
+One group of four warps works out what the row tiles are, and brings them in by the copy engine. Two more have half of
+a tile's query rows each: while the tensor cores multiply one tile of values, the next tile's scores become weights.
+Programs stay, and take row tile after row tile in the order of tile_order.py.
 """
 
 from __future__ import annotations
@@ -14,47 +14,13 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from csrc_free_kernels import masks, softmax, tile_order
+from csrc_free_kernels import row_tile, softmax, tile_order
 from csrc_free_kernels.launch import Launcher
 from csrc_free_kernels.tuning import HopperTiles, ceil_div, padded_head_dim
 
 # Registers of a thread in the two groups that multiply and in the one that copies: together 504, all that there are.
 _CONSUMER_REGISTERS = gl.constexpr(232)
 _PRODUCER_REGISTERS = gl.constexpr(40)
-
-
-@gluon.jit
-def _place(i_turn, sizes, p_range, stride_range, BLOCK_M: gl.constexpr):
-    """(batch, head, row tile, start, end) of what the program computes in a turn; of any tile, if that is none."""
-    num_tiles, num_heads, section_heads, Hq, _, Q, S = sizes
-    i_tile = tile_order.tile_of_turn(i_turn, gl.program_id(0), gl.num_programs(0))
-    i_tile = gl.minimum(i_tile, num_tiles - 1)
-    i_head, i_m = tile_order.head_and_row_tile(i_tile, num_heads, section_heads, gl.cdiv(Q, BLOCK_M))
-    i_b = i_head // Hq
-    start, end = masks.load_kv_range(p_range, stride_range, i_b.to(gl.int64), S)
-    return i_b, i_head % Hq, i_m, start, end
-
-
-@gluon.jit
-def _bounds(
-    i_m, start, end, Q, num_before,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, IS_CAUSAL: gl.constexpr, HAS_WINDOW: gl.constexpr,
-):  # fmt: skip
-    """(first row's column, low, high, KV tiles) of a row tile: some row sees the slots [low, high).
-
-    A window hides all but num_before slots before a row's own.
-    """
-    # Never below 1. So bounded, it is not summed with num_before once for all, which took a register too many.
-    first_column = end - gl.maximum(Q - i_m * BLOCK_M, 1)
-    low = start
-    high = end
-    if IS_CAUSAL:
-        high = gl.minimum(end, first_column + BLOCK_M)
-    if HAS_WINDOW:
-        low = gl.maximum(start, first_column - num_before)
-    high = gl.maximum(low, high)
-    # One at least, so that neither side has to do without: it is masked as a whole.
-    return first_column, low, high, gl.maximum(gl.cdiv(high - low, BLOCK_N), 1)
 
 
 @gluon.jit
@@ -74,23 +40,29 @@ def _clear_rows(tile, num_seen):
 
 @gluon.jit
 def _produce(
-    d_query, d_key, d_value, rings, v_landed, sizes, p_range, stride_range, num_before,
+    d_query, d_key, d_value, rings, v_landed, num_tiles, sizes, p_range, stride_range, num_before,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, IS_CAUSAL: gl.constexpr, HAS_WINDOW: gl.constexpr,
 ):  # fmt: skip
-    """Fills the rings: each row tile's queries, then its tiles of keys and values from the last to the first."""
-    queries, keys, values, q_full, q_empty, k_full, k_empty, v_full, v_empty = rings
-    num_tiles, _, _, _, G, Q, _ = sizes
+    """Fills the rings: what each row tile is and its queries, then its keys and values from the last tile on."""
+    facts, queries, keys, values, q_full, q_empty, k_full, k_empty, v_full, v_empty = rings
+    G = sizes[3]
     NUM_QUERY_SLOTS: gl.constexpr = queries.shape[0] // 2
     NUM_SLOTS: gl.constexpr = keys.shape[0]
     BLOCK_D: gl.constexpr = keys.shape[4]
     i_kv = 0
     num_cleared = 0
     for i_turn in range(tile_order.num_turns(gl.program_id(0), gl.num_programs(0), num_tiles)):
-        i_b, i_h, i_m, start, end = _place(i_turn, sizes, p_range, stride_range, BLOCK_M)
-        _, low, _, num_kv_tiles = _bounds(i_m, start, end, Q, num_before, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_WINDOW)
+        i_b, i_h, i_m, first_column, low, high, num_kv_tiles, end = row_tile.find(
+            i_turn, sizes, p_range, stride_range, num_before, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_WINDOW
+        )
+        q_slot = i_turn % NUM_QUERY_SLOTS
         for i_half in gl.static_range(2):
-            slot = i_turn % NUM_QUERY_SLOTS * 2 + i_half
-            mbarrier.wait(q_empty.index(slot), (i_turn // NUM_QUERY_SLOTS & 1) ^ 1)
+            mbarrier.wait(q_empty.index(q_slot * 2 + i_half), (i_turn // NUM_QUERY_SLOTS & 1) ^ 1)
+        row_tile.tell(facts.index(q_slot), (i_b, i_h, i_m, first_column, low, high, num_kv_tiles))
+        # All warps have stored before one of them says so.
+        gl.thread_barrier()
+        for i_half in gl.static_range(2):
+            slot = q_slot * 2 + i_half
             mbarrier.expect(q_full.index(slot), d_query.block_type.nbytes)
             o_row = i_m * BLOCK_M + i_half * (BLOCK_M // 2)
             tma.async_copy_global_to_shared(d_query, [i_b, i_h, o_row, 0], q_full.index(slot), queries.index(slot))
@@ -165,13 +137,12 @@ def _release(q_empty, slot):
 
 @gluon.jit
 def _consume(
-    d_output, p_lse, p_sinks, rings, sizes, p_range, stride_range, num_before, to_log2, to_natural,
+    d_output, p_lse, p_sinks, rings, num_tiles, Hq, Q, num_before, to_log2, to_natural,
     I_HALF: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     IS_CAUSAL: gl.constexpr, HAS_WINDOW: gl.constexpr,
 ):  # fmt: skip
     """Attention of one half of each row tile."""
-    queries, keys, values, q_full, q_empty, k_full, k_empty, v_full, v_empty = rings
-    num_tiles, _, _, Hq, _, Q, _ = sizes
+    facts, queries, keys, values, q_full, q_empty, k_full, k_empty, v_full, v_empty = rings
     NUM_QUERY_SLOTS: gl.constexpr = queries.shape[0] // 2
     NUM_SLOTS: gl.constexpr = keys.shape[0]
     BLOCK_D: gl.constexpr = keys.shape[4]
@@ -184,16 +155,7 @@ def _consume(
     output_row_layout: gl.constexpr = gl.SliceLayout(1, output_layout)
     b_zero = gl.zeros([ROWS, BLOCK_N], gl.float32, score_layout)
     i_kv = 0
-    i_b, i_h, i_m, start, end = _place(0, sizes, p_range, stride_range, BLOCK_M)
     for i_turn in range(tile_order.num_turns(gl.program_id(0), gl.num_programs(0), num_tiles)):
-        first_column, low, high, num_kv_tiles = _bounds(
-            i_m, start, end, Q, num_before, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_WINDOW
-        )
-        first_column += I_HALF * ROWS
-        # Every row sees the slots below this, and with a window those from the last row's first on.
-        full_high = high
-        if IS_CAUSAL:
-            full_high = gl.minimum(high, first_column + 1)
         b_o = gl.zeros([ROWS, BLOCK_D], gl.float32, output_layout)
         b_max = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
         b_sum = gl.zeros([ROWS], gl.float32, row_layout)
@@ -204,6 +166,15 @@ def _consume(
         slot = i_kv % NUM_SLOTS
         mbarrier.wait(k_full.index(slot), i_kv // NUM_SLOTS & 1)
         b_s = _start_scores(query, keys, slot, b_zero)
+        own = facts.index(i_turn % NUM_QUERY_SLOTS)
+        first_column = row_tile.told(own, row_tile.FIRST_COLUMN) + I_HALF * ROWS
+        low = row_tile.told(own, row_tile.LOW)
+        high = row_tile.told(own, row_tile.HIGH)
+        num_kv_tiles = row_tile.told(own, row_tile.NUM_KV_TILES)
+        # Every row sees the slots below this, and with a window those from the last row's first on.
+        full_high = high
+        if IS_CAUSAL:
+            full_high = gl.minimum(high, first_column + 1)
         b_s = hopper.warpgroup_mma_wait(0, deps=[b_s])
         mbarrier.arrive(k_empty.index(slot), count=1)
         if NUM_QUERY_SLOTS > 1 and i_turn > 0:
@@ -238,11 +209,12 @@ def _consume(
         slot = i_kv % NUM_SLOTS
         mbarrier.wait(v_full.index(slot), i_kv // NUM_SLOTS & 1)
         b_o = _start_output(b_w, values, slot, b_o)
-        # In the shadow of the product: divisions, and a load that has until the next turn.
-        next_b, next_h, next_m, start, end = _place(i_turn + 1, sizes, p_range, stride_range, BLOCK_M)
+        i_kv += 1
+        i_b = row_tile.told(own, row_tile.BATCH)
+        i_h = row_tile.told(own, row_tile.HEAD)
+        first_row = row_tile.told(own, row_tile.TILE) * BLOCK_M + I_HALF * ROWS
         b_o = hopper.warpgroup_mma_wait(0, deps=[b_o])
         mbarrier.arrive(v_empty.index(slot), count=1)
-        i_kv += 1
 
         b_max = b_max * to_natural
         b_sink = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
@@ -257,7 +229,6 @@ def _consume(
         # Through the place of the queries, which have served.
         query.store(b_o.to(dtype))
         hopper.fence_async_shared()
-        first_row = i_m * BLOCK_M + I_HALF * ROWS
         tma.async_copy_shared_to_global(d_output, [i_b, i_h, first_row, 0], queries.index(q_slot))
         if p_lse is not None:
             o_row = first_row + gl.arange(0, ROWS, layout=row_layout)
@@ -266,9 +237,6 @@ def _consume(
         # Not waited for where the next tile's queries have a place of their own.
         if NUM_QUERY_SLOTS == 1:
             _release(q_empty, q_slot)
-        i_b = next_b
-        i_h = next_h
-        i_m = next_m
     # Shared memory may go to another program only once it has been read.
     tma.store_wait(0)
 
@@ -283,16 +251,18 @@ def _barriers(NUM: gl.constexpr, COUNT: gl.constexpr):
 
 
 @Launcher
-@gluon.jit(do_not_specialize=["num_tiles", "num_heads", "section_heads", "Hq", "G", "Q", "S", "num_before"])
+@gluon.jit(do_not_specialize=["num_tiles", "num_sections", "section_heads", "Hq", "G", "Q", "S", "num_before"])
 def _prefill_kernel(
     d_query, d_key, d_value, d_output, p_lse, p_sinks, p_range, stride_range,
-    num_tiles, num_heads, section_heads, Hq, G, Q, S, to_log2, to_natural, num_before,
+    num_tiles, num_sections, section_heads, Hq, G, Q, S, to_log2, to_natural, num_before,
     BLOCK_M: gl.constexpr, NUM_QUERY_SLOTS: gl.constexpr, NUM_SLOTS: gl.constexpr,
     IS_CAUSAL: gl.constexpr, HAS_WINDOW: gl.constexpr,
 ):  # fmt: skip
     BLOCK_N: gl.constexpr = d_key.block_shape[2]
     BLOCK_D: gl.constexpr = d_key.block_shape[3]
     dtype: gl.constexpr = d_key.dtype
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    facts = gl.allocate_shared_memory(gl.int32, [NUM_QUERY_SLOTS, 8], plain)
     queries = gl.allocate_shared_memory(dtype, [2 * NUM_QUERY_SLOTS, 1, 1, BLOCK_M // 2, BLOCK_D], d_query.layout)
     keys = gl.allocate_shared_memory(dtype, [NUM_SLOTS, 1, 1, BLOCK_N, BLOCK_D], d_key.layout)
     values = gl.allocate_shared_memory(dtype, [NUM_SLOTS, 1, 1, BLOCK_N, BLOCK_D], d_value.layout)
@@ -304,17 +274,17 @@ def _prefill_kernel(
     v_empty = _barriers(NUM_SLOTS, 2)
     v_landed = _barriers(1, 1)
     hopper.fence_async_shared()
-    rings = (queries, keys, values, q_full, q_empty, k_full, k_empty, v_full, v_empty)
-    sizes = (num_tiles, num_heads, section_heads, Hq, G, Q, S)
+    rings = (facts, queries, keys, values, q_full, q_empty, k_full, k_empty, v_full, v_empty)
+    sizes = (num_sections, section_heads, Hq, G, Q, S)
     # fmt: off
     gl.warp_specialize(
         [
-            (_consume, (d_output, p_lse, p_sinks, rings, sizes, p_range, stride_range, num_before, to_log2, to_natural,
+            (_consume, (d_output, p_lse, p_sinks, rings, num_tiles, Hq, Q, num_before, to_log2, to_natural,
                         0, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_WINDOW)),
-            (_consume, (d_output, p_lse, p_sinks, rings, sizes, p_range, stride_range, num_before, to_log2, to_natural,
+            (_consume, (d_output, p_lse, p_sinks, rings, num_tiles, Hq, Q, num_before, to_log2, to_natural,
                         1, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_WINDOW)),
-            (_produce, (d_query, d_key, d_value, rings, v_landed.index(0), sizes, p_range, stride_range, num_before,
-                        BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_WINDOW)),
+            (_produce, (d_query, d_key, d_value, rings, v_landed.index(0), num_tiles, sizes, p_range, stride_range,
+                        num_before, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_WINDOW)),
         ],
         [4, 4],
         [_CONSUMER_REGISTERS, _PRODUCER_REGISTERS],
@@ -354,7 +324,7 @@ def prefill_attention(
         kv_range,
         None if kv_range is None else kv_range.stride(),
         num_tiles,
-        num_heads,
+        num_heads // section_heads,
         section_heads,
         num_query_heads,
         num_query_heads // key.shape[1],

@@ -5,8 +5,8 @@ import triton.language as tl  # noqa: F401 the interpreter asks for it
 
 
 @triton.jit
-def head_and_row_tile(i_tile, num_heads, section_heads, num_row_tiles):
-    """(head of all sequences, tile of its rows) of tile number i_tile among num_heads * num_row_tiles.
+def head_and_row_tile(i_tile, num_sections, section_heads, num_row_tiles):
+    """(head of all sequences, tile of its rows) of tile number i_tile of num_sections * section_heads heads.
 
     Heads come in sections, whose keys and values stay in the L2 together (as in FlashAttention-3, arXiv 2407.08608).
     The last section begins with its last rows, which see most: the longest tiles first, so that all programs end
@@ -16,7 +16,7 @@ def head_and_row_tile(i_tile, num_heads, section_heads, num_row_tiles):
     i_section = i_tile // section_tiles
     i_within = i_tile % section_tiles
     i_rank = i_within // section_heads
-    is_from_bottom = (num_heads // section_heads - i_section) % 2
+    is_from_bottom = (num_sections - i_section) % 2
     i_row_tile = i_rank + is_from_bottom * (num_row_tiles - 1 - 2 * i_rank)
     return i_section * section_heads + i_within % section_heads, i_row_tile
 

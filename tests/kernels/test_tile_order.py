@@ -26,7 +26,7 @@ def tiles_of_programs(num_programs: int, num_tiles: int) -> list[list[int]]:
 @pytest.mark.parametrize("section_heads", [1, 2, 3, 6, 12])
 @pytest.mark.parametrize("num_row_tiles", [1, 2, 7])
 def test_every_tile_comes_once_and_sections_one_after_the_other(section_heads: int, num_row_tiles: int) -> None:
-    tiles = [head_and_row_tile(i, 12, section_heads, num_row_tiles) for i in range(12 * num_row_tiles)]
+    tiles = [head_and_row_tile(i, 12 // section_heads, section_heads, num_row_tiles) for i in range(12 * num_row_tiles)]
     assert sorted(tiles) == list(itertools.product(range(12), range(num_row_tiles)))
     sections = [head // section_heads for head, _ in tiles]
     assert sections == sorted(sections)
@@ -52,7 +52,7 @@ def test_programs_end_together(num_kv_heads: int, batch: int, length: int) -> No
     )
     num_heads, num_row_tiles = 32 * batch, length // 128
     costs = [
-        sum(2.2 + head_and_row_tile(i, num_heads, section_heads, num_row_tiles)[1] for i in tiles)
+        sum(2.2 + head_and_row_tile(i, num_heads // section_heads, section_heads, num_row_tiles)[1] for i in tiles)
         for tiles in tiles_of_programs(NUM_PROGRAMS, num_heads * num_row_tiles)
     ]
     assert max(costs) <= sum(costs) / len(costs) / 0.96
